@@ -1,0 +1,1 @@
+"""Data to unknowns: misfits, optimizers, stopping rules, uncertainty."""

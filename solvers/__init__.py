@@ -1,0 +1,1 @@
+"""Equations to states: inner products, finite elements, ordinary differential equations, networks."""

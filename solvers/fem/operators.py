@@ -1,0 +1,239 @@
+"""The diffusion operator as a weighted graph Laplacian, and its implicit solves.
+
+Every stiffness matrix K(D)_ij = int grad(phi_i) . D grad(phi_j) has zero row sums, so K = G^T diag(w) G, where G takes
+the differences of a state along the pairs (i, j) of vertices that share a cell and w_ij = -K_ij is linear in D. The
+weights w ("conductances") are the natural parameter of a diffusion step: a matrix is refilled from them without
+assembly, and the derivative of lambda^T K(w) u is the product of two differences.
+
+Quadrature. On voxel bricks with scalar D the vertex rule leaves only the brick's edges: 7 entries a row, an M-matrix
+at any aspect ratio, second order. Tensors and general meshes use the full rule; their bound is not guaranteed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from petsc4py import PETSc
+from torch import Tensor
+
+from solvers.errors import GliodeError
+from solvers.fem.mesh import Domain, _rule, jacobians, tabulate
+
+
+@dataclass
+class SolveCount:
+    """Linear solves and Krylov iterations since the last reset."""
+
+    solves: int = 0
+    iterations: int = 0
+
+
+class Conductances:
+    """The linear map D (per cell) -> w (per pair of vertices).
+
+    D is (cells,) for isotropic diffusion, or (cells, d, d) symmetric for a tensor when `tensor` is true; mm^2/day.
+    The map is a dense table per cell (one for all voxel bricks) and one scatter: plain torch, differentiable.
+    """
+
+    def __init__(self, domain: Domain, tensor: bool = False) -> None:
+        self.tensor = tensor
+        self.vertex_rule = domain.grid is not None and not tensor
+        cell = domain.mesh.topology.cell_name()
+        table, pairs = _pair_table(domain, cell, self.vertex_rule, tensor)
+        dofs = domain.cell_dofs.astype(np.int64)
+        i, j = dofs[:, pairs[:, 0]].ravel(), dofs[:, pairs[:, 1]].ravel()
+        key = np.minimum(i, j) * len(domain.points) + np.maximum(i, j)
+        unique, inverse = _unique(key)
+        self.first = torch.from_numpy(unique // len(domain.points))
+        self.second = torch.from_numpy(unique % len(domain.points))
+        self._edge = torch.from_numpy(inverse)
+        self._table = torch.from_numpy(np.ascontiguousarray(table))
+        self.n_edges = len(unique)
+        self._cells = domain.n_cells
+
+    def __call__(self, D: Tensor) -> Tensor:
+        """The weights w, (pairs,), of a diffusivity per cell."""
+        expected = (self._cells, *self._table.shape[2:])
+        if tuple(D.shape) != expected:
+            raise GliodeError(f"D: shape {tuple(D.shape)}, expected {expected} (one value per cell of this mesh)")
+        per_cell = (self._table * D.unsqueeze(1)).flatten(2).sum(2) if self.tensor else self._table * D[:, None]
+        return torch.zeros(self.n_edges, dtype=D.dtype).index_add(0, self._edge, per_cell.reshape(-1))
+
+
+def _unique(key: np.ndarray[Any, np.dtype[np.int64]]) -> tuple[Any, Any]:
+    """Sorted unique keys and, for each key, its place among them (stable radix sort: keys are integers)."""
+    order = np.argsort(key, kind="stable")
+    ordered = key[order]
+    new = np.empty(len(key), dtype=bool)
+    new[:1] = True
+    np.not_equal(ordered[1:], ordered[:-1], out=new[1:])
+    inverse = np.empty(len(key), dtype=np.int64)
+    inverse[order] = np.cumsum(new) - 1
+    return ordered[new], inverse
+
+
+def _pair_table(domain: Domain, cell: str, vertex_rule: bool, tensor: bool) -> tuple[Any, Any]:
+    """-int grad(phi_i) . grad(phi_j) for the pairs i < j of a cell: (cells or 1, pairs[, d, d]) and (pairs, 2)."""
+    import basix
+
+    dim = domain.mesh.topology.dim
+    if vertex_rule:
+        points = np.asarray(basix.geometry(getattr(basix.CellType, cell)), dtype=np.float64)
+        weights = np.full(len(points), 1.0 / len(points))
+    else:
+        points, weights = _rule(cell, dim, None)
+    tables = tabulate(cell, points)
+    J = jacobians(domain, tables)
+    if J.shape[-1] != J.shape[-2]:
+        raise GliodeError("mesh: a curve or surface embedded in a higher dimension has no diffusion operator here")
+    gradients = np.einsum("dqn,cqdg->cqng", tables.derivatives, np.linalg.inv(J))
+    scale = np.abs(np.linalg.det(J)) * weights
+    n = gradients.shape[2]
+    pairs = np.array([(i, j) for i in range(n) for j in range(i + 1, n)])
+    a, b = gradients[:, :, pairs[:, 0]], gradients[:, :, pairs[:, 1]]
+    if tensor:
+        table = -np.einsum("cq,cqpg,cqph->cpgh", scale, a, b)
+        return (table + np.swapaxes(table, -1, -2)) / 2, pairs
+    table = -np.einsum("cq,cqpg,cqpg->cp", scale, a, b)
+    if vertex_rule:
+        kept = np.abs(table).max(0) > 1e-12 * np.abs(table).max()
+        return table[:, kept], pairs[kept]
+    return table, pairs
+
+
+class DiffusionOperator:
+    """M + tau K(w) on a domain: products, differences and preconditioned conjugate-gradient solves.
+
+    The matrix is preallocated once; it is refilled only when w or tau changes, and the last few are kept, so every
+    step and every gradient of a run shares them. rtol: relative tolerance of the preconditioned residual.
+    Raises GliodeError when the solve does not converge.
+    """
+
+    def __init__(self, domain: Domain, tensor: bool = False, rtol: float = 1e-10) -> None:
+        self.domain = domain
+        self.rtol = rtol
+        self.conductances = Conductances(domain, tensor)
+        self.count = SolveCount()
+        self._i, self._j = self.conductances.first, self.conductances.second
+        self._kept: list[tuple[Tensor, float, Any]] = []
+        # The rank's contributions as compressed rows over its local dofs; PETSc adds those of shared rows.
+        n = len(domain.points)
+        i, j = self._i.numpy(), self._j.numpy()
+        rows, columns = np.concatenate([np.arange(n), i, j]), np.concatenate([np.arange(n), j, i])
+        self._order = torch.from_numpy(np.argsort(rows * n + columns, kind="stable"))
+        ids = domain.V.dofmap.index_map.local_to_global(np.arange(n, dtype=np.int32)).astype(PETSc.IntType)
+        pointers = np.zeros(n + 1, dtype=PETSc.IntType)
+        np.cumsum(np.bincount(rows, minlength=n), out=pointers[1:])
+        self._rows = (pointers, ids[columns[self._order.numpy()]], ids)
+        self._mass_local = torch.zeros(len(domain.points), dtype=torch.float64)
+        self._mass_local[: domain.n_owned] = domain.mass
+
+    def differences(self, u: Tensor) -> Tensor:
+        """G u: differences of a state along the pairs, (pairs,)."""
+        local = self.domain.ghosts.extend(u)
+        return local[self._i] - local[self._j]
+
+    def stiffness(self, w: Tensor, u: Tensor) -> Tensor:
+        """K(w) u, a dual vector (owned dofs,)."""
+        flux = w * self.differences(u)
+        local = torch.zeros(len(self._mass_local), dtype=u.dtype)
+        return self.domain.ghosts.gather(local.index_add(0, self._i, flux).index_add(0, self._j, -flux))
+
+    def solve(self, b: Tensor, w: Tensor, tau: Tensor) -> Tensor:
+        """u with (M + tau K(w)) u = b; differentiable in b, w and tau (0-d), in both modes, twice."""
+        return _Solve.apply(b, w, tau, self)
+
+    def _solve(self, b: Tensor, w: Tensor, tau: float) -> Tensor:
+        ksp, rhs, solution = self._solver(w, tau)
+        rhs.array_w[:] = b.detach().numpy()
+        np.divide(rhs.array_r, self.domain.mass.numpy(), out=solution.array_w)
+        ksp.solve(rhs, solution)
+        self.count.solves += 1
+        self.count.iterations += ksp.getIterationNumber()
+        reason = ksp.getConvergedReason()
+        if reason < 0:
+            raise GliodeError(
+                f"diffusion solve did not converge (PETSc reason {reason}, {ksp.getIterationNumber()} iterations): "
+                "check that D is positive and finite, or shorten the time step"
+            )
+        return torch.from_numpy(solution.array_r.copy())
+
+    def _solver(self, w: Tensor, tau: float) -> tuple[Any, Any, Any]:
+        """The solver of M + tau K(w), refilled only for new values."""
+        w = w.detach()
+        for place, (kept, kept_tau, solver) in enumerate(self._kept):
+            if kept_tau == tau and (kept.data_ptr() == w.data_ptr() or torch.equal(kept, w)):
+                if place:
+                    self._kept.insert(0, self._kept.pop(place))
+                return solver  # type: ignore[no-any-return]
+        solver = self._kept.pop()[2] if len(self._kept) >= 2 else self._new_solver()
+        diagonal = self._mass_local.clone()
+        scaled = tau * w
+        diagonal.index_add_(0, self._i, scaled).index_add_(0, self._j, scaled)
+        if not bool(torch.isfinite(diagonal).all()):
+            raise GliodeError("diffusion: D or the time step is not finite")
+        ksp = solver[0]
+        matrix = ksp.getOperators()[0]
+        pointers, columns, rows = self._rows
+        values = torch.cat([diagonal, -scaled, -scaled])[self._order].numpy()
+        matrix.zeroEntries()
+        matrix.setValuesIJV(pointers, columns, values, PETSc.InsertMode.ADD_VALUES, rows)
+        matrix.assemble()
+        ksp.setOperators(matrix)
+        # A copy under a new address: the caller may change its tensor in place.
+        self._kept.insert(0, (w.clone(), tau, solver))
+        return solver  # type: ignore[no-any-return]
+
+    def _new_solver(self) -> tuple[Any, Any, Any]:
+        comm = self.domain.comm
+        matrix = PETSc.Mat().create(comm)
+        sizes = (self.domain.n_owned, self.domain.n_global)
+        matrix.setSizes((sizes, sizes))
+        matrix.setType(PETSc.Mat.Type.AIJ)
+        widest = PETSc.IntType(np.diff(self._rows[0]).max(initial=1))
+        matrix.setPreallocationNNZ((widest, widest if comm.size > 1 else 0))
+        matrix.setOption(PETSc.Mat.Option.SPD, True)
+        ksp = PETSc.KSP().create(comm)
+        ksp.setOperators(matrix)
+        ksp.setType(PETSc.KSP.Type.CG)
+        ksp.getPC().setType(PETSc.PC.Type.JACOBI)
+        ksp.setInitialGuessNonzero(True)
+        ksp.setTolerances(rtol=self.rtol, atol=1e-300, max_it=2000)
+        return ksp, matrix.createVecLeft(), matrix.createVecRight()
+
+
+class _Solve(torch.autograd.Function):
+    """u = (M + tau K(w))^-1 b. The matrix is symmetric, so the adjoint and the tangent are the same solve."""
+
+    @staticmethod
+    def forward(ctx: Any, b: Tensor, w: Tensor, tau: Tensor, operator: DiffusionOperator) -> Tensor:
+        u = operator._solve(b, w, float(tau))
+        ctx.operator = operator
+        ctx.save_for_backward(u, w, tau)
+        ctx.save_for_forward(u, w, tau)
+        return u
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        u, w, tau = ctx.saved_tensors
+        adjoint = _Solve.apply(grads[0], w, tau, ctx.operator)
+        grad_w = grad_tau = None
+        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+            product = ctx.operator.differences(adjoint) * ctx.operator.differences(u)
+            grad_w = -tau * product if ctx.needs_input_grad[1] else None
+            grad_tau = -torch.dot(w, product) if ctx.needs_input_grad[2] else None
+        return adjoint, grad_w, grad_tau, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        u, w, tau = ctx.saved_tensors
+        db, dw, dtau, _ = tangents
+        rhs = torch.zeros_like(u) if db is None else db
+        if dw is not None:
+            rhs = rhs - tau * ctx.operator.stiffness(dw, u)
+        if dtau is not None:
+            rhs = rhs - dtau * ctx.operator.stiffness(w, u)
+        return _Solve.apply(rhs, w, tau, ctx.operator)

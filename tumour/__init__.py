@@ -1,0 +1,1 @@
+"""Tumour growth on real anatomy: anatomy, growth, imaging, identification, pictures."""
