@@ -5,14 +5,15 @@ A point m of any space is one torch tensor. Its derivative is a dual tensor of t
 
     inner(a, b) = <G a, b>,    G g = d  <=>  g = riesz(d),    G the Gram matrix, <., .> the duality pairing.
 
-Under MPI a tensor is either *replicated* (the same on every rank) or *distributed* (each rank holds the entries it
-owns). Two maps lead from one kind to the other, each the adjoint of the other:
+Under MPI a tensor is either *replicated* (the same on every rank) or *distributed* (each rank holds the
+entries it owns). Two maps lead from one kind to the other, each the adjoint of the other:
 
     replicate: replicated -> distributed,   identity forward, all-reduce backward
     reduce:    distributed -> replicated,   all-reduce forward, identity backward
 
 so a replicated scalar enters the distributed part of a computation once through `replicate`, and a sum over
-distributed entries leaves it through `reduce`. Every rank must build the same graph, or the collectives deadlock.
+distributed entries leaves it through `reduce`. Every rank must build the same graph, or the collectives
+deadlock.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class Communicator(Protocol):
 
 def _all_sum(x: Tensor, comm: Communicator) -> Tensor:
     """Sum of x over the ranks: a new tensor on x's device."""
-    local = np.ascontiguousarray(x.detach().cpu().numpy())
+    local = x.detach().cpu().contiguous().numpy()
     total = np.empty_like(local)
     comm.Allreduce(local, total)
     return torch.from_numpy(total).to(x.device)
@@ -94,7 +95,7 @@ class _Symmetric(Function):
 
 
 def replicate(x: Tensor, comm: Communicator | None) -> Tensor:
-    """A replicated x for use in distributed computations: identity forward, all-reduce backward (comm None: serial)."""
+    """A replicated x for distributed use: identity forward, all-reduce backward (comm None: serial)."""
     if comm is None:
         return x
     out: Tensor = _Replicate.apply(x, comm)
@@ -172,7 +173,8 @@ class Space(ABC):
 class Euclidean(Space):
     """n replicated numbers with inner(a, b) = sum a_i b_i / scale_i^2.
 
-    `scale`: one positive number or n of them, the standard deviations that make the parameters comparable (default 1).
+    `scale`: one positive number or n of them, the standard deviations that make the parameters comparable
+    (default 1).
     """
 
     def __init__(self, n: int, scale: float | Tensor | None = None) -> None:
@@ -197,9 +199,10 @@ class Euclidean(Space):
 
 
 class GramSpace(Space):
-    """`size` entries owned by this rank with a Gram matrix given by two callables (finite-element L2, H1, priors).
+    """`size` entries owned by this rank, Gram matrix by two callables (finite-element L2, H1, priors).
 
-    `apply(a)`: G a; `solve(d)`: the a with G a = d; both symmetric, tensor to tensor, free of the tape (they may leave torch).
+    `apply(a)`: G a; `solve(d)`: the a with G a = d; both symmetric, tensor to tensor, free of the tape (they
+    may leave torch).
     """
 
     def __init__(
@@ -226,11 +229,12 @@ class DepthSobolev(Space):
 
         inner(v, w) = int v . w + length^2 v' . w' dt,
 
-    exact for piecewise-linear functions. riesz solves (1 - length^2 d^2/dt^2) g = d with natural ends, g' = 0, as
-    linear finite elements: one symmetric tridiagonal system (L D L^T, factored once) for all entries of a weight.
+    exact for piecewise-linear functions. riesz solves (1 - length^2 d^2/dt^2) g = d with natural ends, g' =
+    0, as linear finite elements: one symmetric tridiagonal system (L D L^T, factored once) for all entries of
+    a weight.
 
-    `times`: K >= 2 increasing knots; `shape`: of the weight at one knot, so that points have shape (K, *shape);
-    `length` >= 0 in the unit of t (0: L2 in depth).
+    `times`: K >= 2 increasing knots; `shape`: of the weight at one knot, so that points have shape (K,
+    *shape); `length` >= 0 in the unit of t (0: L2 in depth).
     """
 
     def __init__(self, times: Tensor, shape: tuple[int, ...], length: float) -> None:
@@ -276,7 +280,7 @@ class DepthSobolev(Space):
 
 
 class Product(Space):
-    """A product of named spaces. A point is flat, 1-D: the components one after another in the order given."""
+    """A product of named spaces. A point is flat: the components one after another in the order given."""
 
     def __init__(self, spaces: Mapping[str, Space]) -> None:
         if not spaces:

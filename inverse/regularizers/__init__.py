@@ -1,0 +1,1 @@
+"""Priors: what is known of the unknown before the data speak."""
