@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,22 +19,51 @@ Rate = Callable[[Tensor], Tensor]
 class GrowthLaw:
     """A growth law: `flow(u, dt, rho)` is the state after dt days, `rate(u)` is g(u).
 
-    largest_rate bounds |g'(u)| on [0, 1]: it sets the substeps of flows without a closed form.
+    largest_rate bounds |g'(u)| on [0, 1]: it sets the substeps of flows without a closed form. closed_form: the flow
+    keeps no more than u for its gradient, so there is nothing to save by running it again.
     """
 
     name: str
     flow: Flow
     rate: Rate
     largest_rate: float
+    closed_form: bool = False
 
 
 def _exponential(u: Tensor, dt: Tensor, rho: Tensor) -> Tensor:
     return u * torch.exp(rho * dt)
 
 
+class _Logistic(torch.autograd.Function):
+    """u e / (1 + u (e - 1)) with e = exp(t): derivatives in closed form, from u alone, a third of the tape's cost."""
+
+    @staticmethod
+    def forward(ctx: Any, u: Tensor, t: Tensor) -> Tensor:
+        ctx.save_for_backward(u, t)
+        ctx.save_for_forward(u, t)
+        growth = torch.expm1(t)
+        return (u * (1.0 + growth)).div_((u * growth).add_(1.0))
+
+    @staticmethod
+    def _slopes(u: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """By u and by t: e / (1 + u (e - 1))^2 and u (1 - u) times it."""
+        slope = torch.exp(t) / (1.0 + u * torch.expm1(t)) ** 2
+        return slope, u * (1.0 - u) * slope
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None]:
+        by_u, by_t = _Logistic._slopes(*ctx.saved_tensors)
+        return grads[0] * by_u, torch.dot(grads[0], by_t) if ctx.needs_input_grad[1] else None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        by_u, by_t = _Logistic._slopes(*ctx.saved_tensors)
+        parts = [d * by for d, by in zip(tangents, (by_u, by_t), strict=True) if d is not None]
+        return sum(parts[1:], parts[0])
+
+
 def _logistic(u: Tensor, dt: Tensor, rho: Tensor) -> Tensor:
-    growth = torch.expm1(rho * dt)
-    return u * (1.0 + growth) / (1.0 + u * growth)
+    return _Logistic.apply(u, rho * dt)  # type: ignore[no-any-return]
 
 
 _SUBSTEPS = 4
@@ -57,12 +87,12 @@ def _resolved(rate: Rate) -> Flow:
 
 def exponential() -> GrowthLaw:
     """Malthus: g(u) = u, flow u exp(rho dt). The density is not bounded by 1."""
-    return GrowthLaw("exponential", _exponential, lambda u: u, 1.0)
+    return GrowthLaw("exponential", _exponential, lambda u: u, 1.0, closed_form=True)
 
 
 def logistic() -> GrowthLaw:
     """Verhulst: g(u) = u (1 - u), flow u e / (1 + u (e - 1)) with e = exp(rho dt)."""
-    return GrowthLaw("logistic", _logistic, lambda u: u * (1.0 - u), 1.0)
+    return GrowthLaw("logistic", _logistic, lambda u: u * (1.0 - u), 1.0, closed_form=True)
 
 
 def gompertz(eps: float = 1e-3) -> GrowthLaw:

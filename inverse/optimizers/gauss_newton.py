@@ -55,6 +55,7 @@ def minimise(
     damping: float = 1e-3,
     jacobian_updates: bool = False,
     refresh_every: int = 5,
+    jacobian: Tensor | None = None,
     stopping: Stopping = STOPPING,
     callback: Callback | None = None,
 ) -> Result:
@@ -80,7 +81,8 @@ def minimise(
         del at
         damp = float(run.memory["damp"]) if "damp" in run.memory else None
         factor = float(run.memory.get("factor", 2.0))
-        jacobian, age = run.memory.get("jacobian"), int(run.memory.get("age", 0))
+        age = int(run.memory.get("age", 0 if jacobian is None else 1))
+        jacobian = run.memory.get("jacobian", jacobian)
         while not run.record(here, _memory(damp, factor, jacobian, age)):
             if jacobian is None:
                 jacobian, age = problem.jacobian(here.m), 0
