@@ -17,6 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from solvers.errors import GliodeError
 from tumour.anatomy import Anatomy, mni152
 from tumour.nifti import Grid, average_onto, read_nifti, reorient, write_nifti

@@ -1,21 +1,24 @@
-"""From scans to the tumour's parameters: where it started, how fast it spreads and grows, how old it is, how sure.
+"""From scans to the tumour's parameters: where it started, how fast it spreads and grows, how old it is, how
+sure.
 
-Unknowns m = (log D_white, log D_grey, log rho, x, y, z, log age), a Gaussian prior in m, and scans F(m) + noise on the grid of
-an anatomy of spacing h. The estimate is the posterior's maximum, found by Levenberg-Marquardt first on a mesh of
-spacing 2h (a seventh of the cost, several starting seeds), there again with the defect F_h - F_2h, then on h.
+Unknowns m = (log D_white, log D_grey, log rho, x, y, z, log age), a Gaussian prior in m, and scans F(m) +
+noise on the grid of an anatomy of spacing h. The estimate is the posterior's maximum, found by
+Levenberg-Marquardt first on a mesh of spacing 2h (a seventh of the cost, several starting seeds), there again
+with the defect F_h - F_2h, then on h.
 
-Discretisation error. A front of width sqrt(D/rho) is only a few voxels thick, so that a mesh's own error can exceed
-that of the data. It is estimated, at the estimate, from e = F_h - F_2h. Measured on synthetic tumours (not those of the
-benchmark) against meshes of h/2, F - F_h is near e/3 (Richardson's factor for order 2) with a rest of about 0.4 |e|
-that is alike in all images of a patient and over centimetres. So the likelihood compares
+Discretisation error. A front of width sqrt(D/rho) is only a few voxels thick, so that a mesh's own error can
+exceed that of the data. It is estimated, at the estimate, from e = F_h - F_2h. Measured on synthetic tumours
+(not those of the benchmark) against meshes of h/2, F - F_h is near e/3 (Richardson's factor for order 2) with
+a rest of about 0.4 |e| that is alike in all images of a patient and over centimetres. So the likelihood
+compares
 
     y  with  F_h(m) + e/3,   variance sd^2 + (0.4 a)^2,   a the local root mean square of e,
 
-and what is alike enters the posterior as a covariance E E^T of the residuals: a (0.6 x bumps of 16 and of 32 mm), and
-e/6 for the factor 1/3. It inflates the posterior through the Godambe information of the estimate,
-H (H + J^T E E^T J)^-1 H with H = J^T J, in place of H (Varin, Reid & Firth 2011; for discretisation error in inverse
-problems Kaipio & Somersalo 2007). Weighing the data by the inverse of I + E E^T instead made intervals too short:
-it trusts the shape of E more than its size deserves.
+and what is alike enters the posterior as a covariance E E^T of the residuals: a (0.6 x bumps of 16 and of 32
+mm), and e/6 for the factor 1/3. It inflates the posterior through the Godambe information of the estimate, H
+(H + J^T E E^T J)^-1 H with H = J^T J, in place of H (Varin, Reid & Firth 2011; for discretisation error in
+inverse problems Kaipio & Somersalo 2007). Weighing the data by the inverse of I + E E^T instead made
+intervals too short: it trusts the shape of E more than its size deserves.
 """
 
 from __future__ import annotations
@@ -23,12 +26,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from scipy import ndimage
 from scipy.cluster.vq import kmeans2
+from scipy.special import ndtri
 from torch import Tensor
 
 from inverse.optimizers import gauss_newton
@@ -40,6 +45,7 @@ from inverse.uncertainty import Combination, Laplace
 from solvers.errors import GliodeError
 from solvers.spaces import GramSpace
 from tumour.anatomy import Anatomy
+from solvers.fem.diffusion import Scheme
 from tumour.growth import GrowthLaw
 from tumour.model import PARAMETERS, UNITS, Seed, TumourModel, domain_of
 from tumour.patients import Scan, camera
@@ -52,13 +58,17 @@ MEAN, MEAN_SD, LOCAL, COMMON, BUMPS = 1.0 / 3.0, 1.0 / 6.0, 0.4, 0.6, (16.0, 32.
 DEFECTS = 2
 """Rounds of defect correction on the coarse mesh."""
 
+FARTHEST = 5.0
+"""Prior standard deviations that a parameter may be from its median."""
+
 EXPLAINED = 3.0
 """A coarse fit of a misfit below this, per datum in units of the noise, ends the search for other seeds."""
 
 
 @dataclass(frozen=True)
 class Prior:
-    """Gaussian prior: medians and standard deviations of the logarithms (positions: mm about the outlines' centre).
+    """Gaussian prior: medians and standard deviations of the logarithms (positions: mm about the outlines'
+    centre).
 
     ratio: D_white / D_grey.
     """
@@ -73,7 +83,9 @@ class Prior:
         for name in ("D_white", "ratio", "rho", "age"):
             median, sd = getattr(self, name)
             if not (median > 0 and sd > 0):
-                raise GliodeError(f"prior.{name}: median {median} and sd {sd} of the logarithm must be positive")
+                raise GliodeError(
+                    f"prior.{name}: median {median} and sd {sd} of the logarithm must be positive"
+                )
         if not self.position > 0:
             raise GliodeError(f"prior.position: {self.position} mm must be positive")
 
@@ -94,7 +106,8 @@ class Prior:
 
 @dataclass(frozen=True)
 class Settings:
-    """How to identify. starts: seeds tried on the coarse mesh; level: of the credible intervals; region: mm around the
+    """How to identify. starts: seeds tried on the coarse mesh; level: of the credible intervals; region: mm
+    around the
     visible tumour in which voxels count; step: days, of the fine model (twice on the coarse one)."""
 
     prior: Prior = field(default_factory=Prior)
@@ -116,24 +129,39 @@ class Settings:
 
 @dataclass(frozen=True)
 class Estimate:
-    """One parameter: its value, unit and credible interval."""
+    """One quantity: its value, unit and credible interval; variance_ratio: posterior over prior variance (of
+    the
+    logarithm where it is positive by nature): what the data leave open, 1 where they say nothing."""
 
     value: float
     unit: str
     interval: tuple[float, float]
+    variance_ratio: float
+
+
+DERIVED: dict[str, tuple[str, float, dict[str, float]]] = {
+    "infiltration_length": ("mm", 1.0, {"D_white": 0.5, "rho": -0.5}),
+    "front_speed": ("mm/day", 2.0, {"D_white": 0.5, "rho": 0.5}),
+    "growth_times": ("", 1.0, {"rho": 1.0, "age": 1.0}),
+}
+"""Name: unit, factor, exponents: sqrt(D/rho), 2 sqrt(D rho) and rho age. One scan fixes the first and the
+last.
+"""
 
 
 @dataclass(frozen=True)
 class Identification:
     """What was found.
 
-    estimates: by parameter; combinations: which the data fix; posterior: the Laplace posterior of m; misfit:
-    1/2 ||whitened residual||^2 and data: how many; counts: solves by level ("fine", "coarse"); forward_equivalents:
-    all solves in units of one fine forward run (a coarse one weighted by its share of unknowns times steps); alternatives:
-    other minima of the coarse search with their misfit above the best; states: densities at the visits.
+    estimates: by parameter; derived: of the quantities in DERIVED; combinations: which the data fix;
+    posterior: the Laplace posterior of m; misfit: 1/2 ||whitened residual||^2 and data: how many; counts:
+    solves by level ("fine", "coarse"); forward_equivalents: all solves in units of one fine forward run (a
+    coarse one weighted by its share of unknowns times steps); alternatives: other minima of the coarse search
+    with their misfit above the best; states: densities at the visits.
     """
 
     estimates: dict[str, Estimate]
+    derived: dict[str, Estimate]
     combinations: list[Combination]
     posterior: Laplace
     misfit: float
@@ -153,18 +181,25 @@ Save = Callable[[dict[str, np.ndarray]], None]
 class _Level:
     """The forward map m -> images in the region, on one mesh."""
 
-    def __init__(self, model: TumourModel, anatomy: Anatomy, region: np.ndarray, scans: Sequence[Scan]) -> None:
+    def __init__(
+        self, model: TumourModel, anatomy: Anatomy, region: np.ndarray, scans: Sequence[Scan]
+    ) -> None:
         self.model = model
         self.days = sorted({scan.day for scan in scans})
         self._look = camera(model, anatomy, region)
         self._wanted = [[scan.modality for scan in scans if scan.day == day] for day in self.days]
         self.age_steps: int | None = None
+        self.box: tuple[Tensor, Tensor] | None = None
+        self.size = len(scans) * int(region.sum())
 
     def states(self, m: Tensor) -> list[Tensor]:
         values = {name: m[k].exp() if name in LOGARITHMIC else m[k] for k, name in enumerate(PARAMETERS)}
         return self.model.states(values, self.days, self.age_steps)
 
     def __call__(self, m: Tensor) -> Tensor:
+        if self.box is not None and bool(((m < self.box[0]) | (m > self.box[1])).any()):
+            # Not a number: the optimizer takes a shorter step, and no age of centuries is ever run.
+            return m.sum() * torch.full((self.size,), torch.nan, dtype=torch.float64)
         images = [self._look(u, wanted) for u, wanted in zip(self.states(m), self._wanted, strict=True)]
         return torch.cat([image for visit in images for image in visit])
 
@@ -172,9 +207,9 @@ class _Level:
 class Identifier:
     """Identification in stages: coarse from several seeds, coarse with the defect, fine.
 
-    anatomy: at the spacing h of the fine mesh, the scans on its grid. save: called after each iteration with a flat
-    dict of arrays; giving it back as `resume` goes on from there with the same result. progress: called with a line
-    of text and the fraction done.
+    anatomy: at the spacing h of the fine mesh, the scans on its grid. save: called after each iteration with
+    a flat dict of arrays; giving it back as `resume` goes on from there with the same result. progress:
+    called with a line of text and the fraction done.
     """
 
     def __init__(
@@ -184,6 +219,8 @@ class Identifier:
         settings: Settings | None = None,
         law: GrowthLaw | None = None,
         seed: Seed | None = None,
+        scheme: Scheme = "rkl2",
+        rtol: float = 1e-8,
         therapy: Sequence[Treatment] = (),
         save: Save | None = None,
         resume: Mapping[str, np.ndarray] | None = None,
@@ -207,8 +244,11 @@ class Identifier:
         count = int(self.region.sum())
         self.sd = torch.cat([torch.full((count,), scan.sd, dtype=torch.float64) for scan in self.scans])
         seed = seed or Seed()
-        fine = TumourModel(domain_of(anatomy), law, seed, self.settings.step, therapy=therapy)
-        coarse = TumourModel(domain_of(anatomy.coarsen(2)), law, seed, 2 * self.settings.step, therapy=therapy)
+        def model(on: Anatomy, step: float) -> TumourModel:
+            return TumourModel(domain_of(on), law, seed, step, scheme, rtol, therapy=therapy)
+
+        fine = model(anatomy, self.settings.step)
+        coarse = model(anatomy.coarsen(2), 2 * self.settings.step)
         self.fine = _Level(fine, anatomy, self.region, self.scans)
         self.coarse = _Level(coarse, anatomy, self.region, self.scans)
         self._coarse_weight = coarse.domain.n_global / fine.domain.n_global * fine.step / coarse.step
@@ -224,7 +264,9 @@ class Identifier:
             values = ndimage.median_filter(np.where(scan.mask, scan.values, 0.0), 3)
             shown |= values > 0.3 * max(values.max(), 6 * scan.sd)
         if not shown.any():
-            raise GliodeError("scans: nothing is visible above the noise; check the images and their noise level")
+            raise GliodeError(
+                "scans: nothing is visible above the noise; check the images and their noise level"
+            )
         near = ndimage.distance_transform_edt(~shown, sampling=self.anatomy.spacing) <= self.settings.region
         region = near & self.anatomy.brain
         for scan in self.scans:
@@ -232,7 +274,9 @@ class Identifier:
         return region
 
     def _seeds(self) -> np.ndarray:
-        """Starting seeds (k, 3) in mm: the centre of the first visit's innermost image, then centres of its clusters."""
+        """Starting seeds (k, 3) in mm: the centre of the first visit's innermost image, then centres of its
+        clusters.
+        """
         first = [scan for scan in self.scans if scan.day == 0.0]
         inner = next((scan for scan in first if scan.modality.kind == "enhancing"), first[0])
         values = ndimage.median_filter(np.where(self.region, inner.values, 0.0), 3)
@@ -249,6 +293,8 @@ class Identifier:
         seeds = self._seeds()
         prior = self.settings.prior.mean(seeds[0])
         covariance = self.settings.prior.covariance()
+        reach = FARTHEST * covariance.diagonal().sqrt()
+        self.coarse.box = self.fine.box = (prior - reach, prior + reach)
         precision = torch.linalg.inv(covariance)
         self._space = GramSpace(len(PARAMETERS), lambda a: precision @ a, lambda d: covariance @ d)
         self._prior = Tikhonov(self._space, reference=prior)
@@ -279,15 +325,16 @@ class Identifier:
         return self._report(result, posterior, alternatives)
 
     def _search(self, seeds: np.ndarray, prior: Tensor) -> list[Result]:
-        """Fits on the coarse mesh, from the seed of least misfit on, until one explains the data (`EXPLAINED`)."""
+        """Fits on the coarse mesh, from the seed of least misfit on, until one explains the data
+        (`EXPLAINED`).
+        """
         problem = self._problem(self.coarse, self.data, self.sd)
         starts = []
         for k, seed in enumerate(seeds):
             start = prior.clone()
             start[3:6] = torch.from_numpy(seed)
-            value = self._kept(
-                f"start{k}", lambda m=start: torch.tensor(problem.value(m)), {"coarse": {"forward": 1}}
-            )
+            make = partial(self._value, problem, start)
+            value = self._kept(f"start{k}", make, {"coarse": {"forward": 1}})
             starts.append((float(value), k, start))
         found: list[Result] = []
         for _, k, start in sorted(starts, key=lambda entry: entry[:2]):
@@ -300,8 +347,12 @@ class Identifier:
     def _problem(self, level: _Level, data: Tensor, sd: Tensor) -> LeastSquares:
         return LeastSquares(self._space, level, data, sd, regularizer=self._prior)
 
+    @staticmethod
+    def _value(problem: LeastSquares, m: Tensor) -> Tensor:
+        return torch.tensor(problem.value(m), dtype=torch.float64)
+
     def _corrected(self, level: _Level, e: Tensor) -> LeastSquares:
-        """The problem of a level for data shifted by what it is expected to miss, with its independent part."""
+        """A level's problem for data shifted by what it is expected to miss, with its independent part."""
         defect = e if level is self.coarse else torch.zeros_like(e)
         if not self.settings.discretisation_error:
             return self._problem(level, self.data - defect, self.sd)
@@ -337,7 +388,9 @@ class Identifier:
             columns = [MEAN_SD * (jacobian.mT @ (e / sd))[:, None]]
             for length in BUMPS:
                 bumps = _bumps(at, length).to_dense()
-                for_each = (jacobian * (COMMON * size / sd)[:, None]).reshape(len(self.scans), len(at), -1).sum(0)
+                for_each = (
+                    (jacobian * (COMMON * size / sd)[:, None]).reshape(len(self.scans), len(at), -1).sum(0)
+                )
                 columns.append(for_each.mT @ bumps)
             Q = torch.cat(columns, 1)
             H = jacobian.mT @ jacobian
@@ -361,6 +414,8 @@ class Identifier:
         before = dict(count)
 
         def after(state: State) -> None:
+            for key in [key for key in self._memory if key.startswith(stage + "/")]:
+                del self._memory[key]
             self._memory.update({f"{stage}/{k}": v for k, v in state.state_dict().items()})
             if self._save is not None:
                 self._save(self._memory)
@@ -389,10 +444,12 @@ class Identifier:
         """The Jacobian of the whitened residuals: a dual-number pass for each parameter."""
         level = "coarse" if problem.forward is self.coarse else "fine"
         n = len(PARAMETERS)
-        return self._kept(f"{stage}.jacobian", lambda: problem.jacobian(m), {level: {"forward": n, "tangent": n}})
+        return self._kept(
+            f"{stage}.jacobian", lambda: problem.jacobian(m), {level: {"forward": n, "tangent": n}}
+        )
 
     def _kept(self, name: str, make: Callable[[], Tensor], cost: Mapping[str, Mapping[str, int]]) -> Tensor:
-        """A tensor of an earlier, interrupted run, or made now and saved; its solves are counted either way."""
+        """A tensor of an interrupted run, or made now and saved; its solves are counted either way."""
         if name not in self._memory:
             self._memory[name] = make().numpy()
             if self._save is not None:
@@ -403,16 +460,26 @@ class Identifier:
         return torch.from_numpy(self._memory[name])
 
     def _values(self, m: Tensor) -> dict[str, float]:
-        return {n: math.exp(float(x)) if n in LOGARITHMIC else float(x) for n, x in zip(PARAMETERS, m, strict=True)}
+        return {
+            n: math.exp(float(x)) if n in LOGARITHMIC else float(x)
+            for n, x in zip(PARAMETERS, m, strict=True)
+        }
 
-    def _report(self, result: Result, posterior: Laplace, alternatives: list[dict[str, float]]) -> Identification:
+    def _report(
+        self, result: Result, posterior: Laplace, alternatives: list[dict[str, float]]
+    ) -> Identification:
         values, intervals = posterior.estimates(), posterior.intervals(self.settings.level)
+        ratio = (posterior.covariance.diagonal() / posterior.prior_covariance.diagonal()).tolist()
         with torch.no_grad():
             states = self.fine.states(result.m)
         self._counts["fine"]["forward"] += 1
         weights = {"fine": 1.0, "coarse": self._coarse_weight}
         return Identification(
-            estimates={n: Estimate(values[n], UNITS[n], intervals[n]) for n in PARAMETERS},
+            estimates={
+                n: Estimate(values[n], UNITS[n], intervals[n], r)
+                for n, r in zip(PARAMETERS, ratio, strict=True)
+            },
+            derived={name: self._derived(posterior, *how) for name, how in DERIVED.items()},
             combinations=posterior.identifiability(),
             posterior=posterior,
             misfit=result.state.misfit,
@@ -426,9 +493,19 @@ class Identifier:
             model=self.fine.model,
         )
 
+    def _derived(self, posterior: Laplace, unit: str, factor: float, powers: Mapping[str, float]) -> Estimate:
+        """factor * prod(parameter^power): log-normal, as its parameters are."""
+        c = torch.tensor([powers.get(name, 0.0) for name in PARAMETERS], dtype=torch.float64)
+        centre, variance = float(c @ posterior.mean), float(c @ posterior.covariance @ c)
+        spread = float(ndtri(0.5 + self.settings.level / 2)) * math.sqrt(variance)
+        low, value, high = (factor * math.exp(centre + k * spread) for k in (-1, 0, 1))
+        return Estimate(value, unit, (low, high), variance / float(c @ posterior.prior_covariance @ c))
+
 
 def _bumps(at: Tensor, length: float) -> Tensor:
-    """Trilinear hat functions on a grid of `length` mm at points (n, 3): a sparse (n, hats) partition of unity."""
+    """Trilinear hat functions on a grid of `length` mm at points (n, 3): a sparse (n, hats) partition of
+    unity.
+    """
     grid = (at - at.min(0).values) / length
     low = grid.floor().long()
     shape = (low.max(0).values + 2).tolist()

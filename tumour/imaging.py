@@ -1,4 +1,4 @@
-"""What a scan shows of the density u: outlines as smoothed thresholds, a PET-like density, and their noise."""
+"""Images of the density u: outlines as smoothed thresholds, a PET-like density, and their noise."""
 
 from __future__ import annotations
 
@@ -17,16 +17,18 @@ from solvers.fem.sampling import Sampling
 Kind = Literal["density", "enhancing", "oedema"]
 
 LEVELS: dict[str, float] = {"enhancing": 0.6, "oedema": 0.16}
-"""Densities at the outlines of T1Gd (enhancing core) and FLAIR (oedema): Swanson et al. 2008; Lipkova et al. 2019."""
+"""Densities at the outlines of T1Gd (enhancing core) and FLAIR (oedema): Swanson et al. 2008; Lipkova et al.
+2019.
+"""
 
 
 @dataclass(frozen=True)
 class Modality:
     """One kind of image and its noise.
 
-    kind: "density" shows u itself (PET-like); "enhancing" and "oedema" show an outline, 1/(1 + exp(-(u - level)/width)).
-    noise: standard deviation of independent Gaussian noise at each voxel, as a fraction of the image's largest value
-    (for outlines, of 1).
+    kind: "density" shows u itself (PET-like); "enhancing" and "oedema" show an outline, 1/(1 + exp(-(u -
+    level)/width)). noise: standard deviation of independent Gaussian noise at each voxel, as a fraction of
+    the image's largest value (for outlines, of 1).
     """
 
     kind: Kind
@@ -38,7 +40,9 @@ class Modality:
         if self.kind not in ("density", *LEVELS):
             raise GliodeError(f"imaging: kind {self.kind!r} is not one of density, {', '.join(LEVELS)}")
         if not self.noise > 0:
-            raise GliodeError(f"imaging.noise: {self.noise}; a positive noise level is needed to weigh the data")
+            raise GliodeError(
+                f"imaging.noise: {self.noise}; a positive noise level is needed to weigh the data"
+            )
         if not self.width > 0:
             raise GliodeError(f"imaging.width: {self.width} must be positive")
         if self.level is not None and not 0 < self.level < 1:
@@ -57,8 +61,9 @@ class Modality:
 class Camera:
     """Images of a state on voxels: each voxel shows the mean of the image over `sub`^3 points in it.
 
-    centres: (n, 3) voxel centres in mm; edges: (3, 3) voxel edge vectors as columns. Voxels are kept on the rank that
-    holds their centre; `rows` says which. Points past the mesh's edge take the nearest value within `reach` mm.
+    centres: (n, 3) voxel centres in mm; edges: (3, 3) voxel edge vectors as columns. Voxels are kept on the
+    rank that holds their centre; `rows` says which. Points past the mesh's edge take the nearest value within
+    `reach` mm.
     """
 
     def __init__(
@@ -98,5 +103,7 @@ def noise_sd(image: FloatArray, modality: Modality) -> float:
     """Standard deviation of the noise of an image."""
     largest = float(np.max(image, initial=0.0)) if modality.kind == "density" else 1.0
     if largest <= 0:
-        raise GliodeError("imaging: the density is zero everywhere, so its noise level is undefined; check the scan")
+        raise GliodeError(
+            "imaging: the density is zero everywhere, so its noise level is undefined; check the scan"
+        )
     return modality.noise * largest

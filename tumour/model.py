@@ -1,6 +1,8 @@
-"""The tumour model: tissue, growth law and seed on a domain, as one differentiable map from parameters to densities.
+"""The tumour model: tissue, growth law and seed on a domain, as one differentiable map from parameters to
+densities.
 
-u_t = div(D(x) grad u) + rho g(u), D grad u . n = 0 on the brain's surface, u(0) the seed; mm, days, mm^2/day, 1/day.
+u_t = div(D(x) grad u) + rho g(u), D grad u . n = 0 on the brain's surface, u(0) the seed; mm, days, mm^2/day,
+1/day.
 """
 
 from __future__ import annotations
@@ -8,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -25,7 +28,15 @@ from tumour.growth import GrowthLaw, logistic
 from tumour.therapy import Treatment
 
 PARAMETERS = ("D_white", "D_grey", "rho", "x", "y", "z", "age")
-UNITS = {"D_white": "mm^2/day", "D_grey": "mm^2/day", "rho": "1/day", "x": "mm", "y": "mm", "z": "mm", "age": "day"}
+UNITS = {
+    "D_white": "mm^2/day",
+    "D_grey": "mm^2/day",
+    "rho": "1/day",
+    "x": "mm",
+    "y": "mm",
+    "z": "mm",
+    "age": "day",
+}
 
 
 @dataclass(frozen=True)
@@ -46,18 +57,27 @@ class Seed:
 
 
 def domain_of(anatomy: Anatomy) -> Domain:
-    """Bricks for the brain's voxels (white + grey), with the cell data `white` and `grey` scaled to sum to 1."""
+    """Bricks for the brain's voxels (white + grey), with cell data `white` + `grey` = 1."""
     tissue = anatomy.white + anatomy.grey
     with np.errstate(invalid="ignore", divide="ignore"):
         white = np.where(tissue > 0, anatomy.white / tissue, 0.0)
     return mesh.voxels(anatomy.brain, anatomy.affine, {"white": white, "grey": 1.0 - white})
 
 
+def default_step(spacing: Sequence[float]) -> float:
+    """Days: 10 on voxels of 1 mm and more, less in proportion below, so that both errors shrink together.
+
+    Chosen in scripts/benchmarks/sphere.py: 0.03 to 0.1 % of the tumour's size, for steps of 10 days.
+    """
+    return 10.0 * min([1.0, *spacing])
+
+
 class TumourModel:
     """Parameters -> densities on one domain; differentiable in all of them, in both modes.
 
-    step: time step aimed at, in days. checkpoint: see `Evolution`. therapy: treatments, dated from the seed's day 0 if
-    the age is known, i.e. by `days after the first scan` (negative before it). progress: (done, all) after each step.
+    step: time step aimed at, in days (default: `default_step`, on general meshes 10). checkpoint: see `Evolution`. therapy: treatments, dated from the seed's
+    day 0 if the age is known, i.e. by `days after the first scan` (negative before it). progress: (done, all)
+    after each step.
     """
 
     def __init__(
@@ -65,7 +85,7 @@ class TumourModel:
         domain: Domain,
         law: GrowthLaw | None = None,
         seed: Seed | None = None,
-        step: float = 5.0,
+        step: float | None = None,
         scheme: Scheme = "rkl2",
         rtol: float = 1e-8,
         checkpoint: int | None = None,
@@ -73,7 +93,11 @@ class TumourModel:
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
         if "white" not in domain.cell_data or "grey" not in domain.cell_data:
-            raise GliodeError("domain: cell data 'white' and 'grey' (fractions) are needed for the diffusivity")
+            raise GliodeError(
+                "domain: cell data 'white' and 'grey' (fractions) are needed for the diffusivity"
+            )
+        if step is None:
+            step = default_step(domain.grid.spacing if domain.grid is not None else ())
         if step <= 0:
             raise GliodeError(f"step: {step} days must be positive")
         self.domain, self.law, self.seed, self.step = domain, law or logistic(), seed or Seed(), step
@@ -87,8 +111,9 @@ class TumourModel:
     def seed_state(self, centre: Tensor) -> Tensor:
         """The seed at `centre` (3,) mm on the mesh.
 
-        On bricks: the mean of a Gaussian over the box around each vertex, its variance reduced by the box's h^2/12, so
-        that mass and second moments are those of the seed at any spacing h < sqrt(12) width. Elsewhere: nodal values.
+        On bricks: the mean of a Gaussian over the box around each vertex, its variance reduced by the box's
+        h^2/12, so that mass and second moments are those of the seed at any spacing h < sqrt(12) width.
+        Elsewhere: nodal values.
         """
         grid, width = self.domain.grid, self.seed.width
         if grid is None:
@@ -100,7 +125,8 @@ class TumourModel:
             variance = width**2 - h**2 / 12
             if variance <= 0:
                 raise GliodeError(
-                    f"seed.width: {width} mm is too narrow for a spacing of {h:g} mm; use at least {h / math.sqrt(12):.2f} mm"
+                    f"seed.width: {width} mm is too narrow for a spacing of {h:g} mm; "
+                    f"use more than {h / math.sqrt(12):.2f} mm"
                 )
             scale = math.sqrt(2 * variance)
             at = along[:, axis]
@@ -109,11 +135,13 @@ class TumourModel:
         return u
 
     def diffusivity(self, D_white: Tensor, D_grey: Tensor) -> Tensor:
-        """D per cell, mm^2/day: D^(1/3) is the mean of the tissues' D^(1/3) (Landau-Lifshitz-Looyenga mixture).
+        """D per cell, mm^2/day: D^(1/3) is the mean of the tissues' D^(1/3) (Landau-Lifshitz-Looyenga
+        mixture).
 
-        The rule of an isotropic mixture in three dimensions; averaging fractions over larger voxels and then mixing
-        gives the same as mixing first, so that meshes of different spacing describe one and the same brain. The
-        arithmetic mean, the upper bound of all mixtures, lets grey matter spread too fast on coarse meshes.
+        The rule of an isotropic mixture in three dimensions; averaging fractions over larger voxels and then
+        mixing gives the same as mixing first, so that meshes of different spacing describe one and the same
+        brain. The arithmetic mean, the upper bound of all mixtures, lets grey matter spread too fast on
+        coarse meshes.
         """
         white, grey = self.domain.cell_data["white"], self.domain.cell_data["grey"]
         return (white * D_white ** (1 / 3) + grey * D_grey ** (1 / 3)) ** 3
@@ -127,13 +155,17 @@ class TumourModel:
     ) -> list[Tensor]:
         """Densities (owned dofs,) at the visits, days after the first scan at age `age`.
 
-        parameters: 0-d tensors named as in PARAMETERS. age_steps: steps of the first stretch (default from the age).
+        parameters: 0-d tensors named as in PARAMETERS. age_steps: steps of the first stretch (default from
+        the age).
         """
         missing = [name for name in PARAMETERS if name not in parameters]
         if missing:
             raise GliodeError(f"parameters: {missing} are missing")
-        m = {name: replicate(torch.as_tensor(parameters[name], dtype=torch.float64), self.domain.comm) for name in PARAMETERS}
-        if visits[0] != 0.0 or any(b <= a for a, b in zip(visits, visits[1:], strict=False)):
+        m = {
+            name: replicate(torch.as_tensor(parameters[name], dtype=torch.float64), self.domain.comm)
+            for name in PARAMETERS
+        }
+        if visits[0] != 0.0 or any(b <= a for a, b in pairwise(visits)):
             raise GliodeError(f"visits: {list(visits)} must start at day 0 (the first scan) and increase")
         w = self.operator.conductances(self.diffusivity(m["D_white"], m["D_grey"]))
         u = self.seed_state(torch.stack([m["x"], m["y"], m["z"]]))
@@ -141,10 +173,10 @@ class TumourModel:
         if age <= 0:
             raise GliodeError(f"age: {age} days must be positive")
         rho, days, found = m["rho"], [-age, *(float(v) for v in visits)], []
-        for start, end in zip(days, days[1:], strict=False):
+        for start, end in pairwise(days):
             events = [t for t in self.therapy if start < t.day <= end]
             edges = [start, *sorted({t.day for t in events} | {end})]
-            for a, b in zip(edges, edges[1:], strict=False):
+            for a, b in pairwise(edges):
                 first = a == days[0]
                 length = m["age"] + b if first else torch.tensor(b - a, dtype=torch.float64)
                 steps = age_steps if first and age_steps else self.steps_for(b - a)

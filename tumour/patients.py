@@ -1,9 +1,11 @@
-"""Synthetic patients: parameters drawn from published ranges, tumours of realistic size, scans with noise; seeded.
+"""Synthetic patients: parameters drawn from published ranges, tumours of realistic size, scans with noise;
+seeded.
 
-Ranges. D_white: log-normal, median 0.35 mm^2/day, sd of the logarithm 0.5; rho: log-normal, median 0.02/day, sd 0.35
-(inside the spread of glioblastoma in Harpold, Alvord & Swanson 2007: D 6 to 324 mm^2/year, rho 1 to 32 /year);
-D_white/D_grey: log-normal, median 6, sd 0.3 (Swanson et al. 2000 use 5, Lipkova et al. 2019 use 10). The seed lies in
-white-dominated tissue. The age is the time the tumour takes to reach an oedema volume drawn uniformly from 20 to 100 cm^3.
+Ranges. D_white: log-normal, median 0.35 mm^2/day, sd of the logarithm 0.5; rho: log-normal, median 0.02/day,
+sd 0.35 (inside the spread of glioblastoma in Harpold, Alvord & Swanson 2007: D 6 to 324 mm^2/year, rho 1 to
+32 /year); D_white/D_grey: log-normal, median 6, sd 0.3 (Swanson et al. 2000 use 5, Lipkova et al. 2019 use
+10). The seed lies in white-dominated tissue. The age is the time the tumour takes to reach an oedema volume
+drawn uniformly from 20 to 100 cm^3.
 """
 
 from __future__ import annotations
@@ -27,8 +29,8 @@ from tumour.model import TumourModel, domain_of
 class Scan:
     """One image at one visit on the grid of an anatomy.
 
-    day: days after the first scan; values: (nx, ny, nz), used where `mask` (the same shape) is true; sd: standard
-    deviation of the noise at each voxel.
+    day: days after the first scan; values: (nx, ny, nz), used where `mask` (the same shape) is true; sd:
+    standard deviation of the noise at each voxel.
     """
 
     day: float
@@ -39,11 +41,17 @@ class Scan:
 
     def __post_init__(self) -> None:
         if self.values.shape != self.mask.shape:
-            raise GliodeError(f"scan of day {self.day:g}: values {self.values.shape} and mask {self.mask.shape} disagree")
+            raise GliodeError(
+                f"scan of day {self.day:g}: values {self.values.shape} and mask {self.mask.shape} disagree"
+            )
         if not np.isfinite(self.values[self.mask]).all():
-            raise GliodeError(f"scan of day {self.day:g} ({self.modality.kind}): holds NaN or infinite values in the brain")
+            raise GliodeError(
+                f"scan of day {self.day:g} ({self.modality.kind}): holds NaN or infinite values in the brain"
+            )
         if not self.sd > 0:
-            raise GliodeError(f"scan of day {self.day:g} ({self.modality.kind}): the noise level {self.sd} must be positive")
+            raise GliodeError(
+                f"scan of day {self.day:g} ({self.modality.kind}): the noise level {self.sd} must be positive"
+            )
 
 
 def camera(model: TumourModel, anatomy: Anatomy, mask: np.ndarray, sub: int = 2) -> Camera:
@@ -61,7 +69,9 @@ def observe(
     noise_seed: int,
     sub: int = 4,
 ) -> list[Scan]:
-    """Noisy scans on the anatomy's grid of a tumour grown by `model` (best on a finer mesh than the anatomy's)."""
+    """Noisy scans on the anatomy's grid of a tumour grown by `model` (best on a finer mesh than the
+    anatomy's).
+    """
     states = model.states({k: torch.tensor(v, dtype=torch.float64) for k, v in parameters.items()}, visits)
     look = camera(model, anatomy, anatomy.brain, sub)
     return scans_of(states, look, anatomy, visits, modalities, noise_seed)
@@ -88,10 +98,11 @@ def scans_of(
 
 
 def draw(anatomy: Anatomy, seed: int, growth_model: TumourModel | None = None) -> dict[str, float]:
-    """Parameters of the synthetic patient number `seed` on this anatomy (drawn until the tumour is realistic).
+    """Parameters of the synthetic patient number `seed` on this anatomy (drawn until the tumour is
+    realistic).
 
-    Realistic: the oedema volume is reached at an age of 60 to 1500 days and the enhancing core holds at least 1 cm^3.
-    growth_model: a cheap model (a coarse mesh) that finds the age; made at 8 mm by default.
+    Realistic: the oedema volume is reached at an age of 60 to 1500 days and the enhancing core holds at least
+    1 cm^3. growth_model: a cheap model (a coarse mesh) that finds the age; made at 8 mm by default.
     """
     generator = np.random.default_rng([seed, 20261120])
     model = growth_model or TumourModel(domain_of(anatomy.resample(8.0)))
@@ -113,7 +124,7 @@ def draw(anatomy: Anatomy, seed: int, growth_model: TumourModel | None = None) -
 
 
 def _age_at(model: TumourModel, parameters: dict[str, float], volume: float) -> float | None:
-    """The age at which {u > 0.16} first holds `volume` mm^3; None where the tumour is not realistic by then."""
+    """The age at which {u > 0.16} first holds `volume` mm^3; None where it is not realistic."""
     m = {k: torch.tensor(v, dtype=torch.float64) for k, v in parameters.items()}
     low, high = 60.0, 1500.0
 

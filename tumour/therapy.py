@@ -12,9 +12,11 @@ from solvers.errors import GliodeError
 
 @dataclass(frozen=True)
 class Radiotherapy:
-    """One fraction of `dose` Gy at `day`: u -> u exp(-(alpha d + beta d^2)), the linear-quadratic model (Rockne 2010).
+    """One fraction of `dose` Gy at `day`: u -> u exp(-(alpha d + beta d^2)), the linear-quadratic model
+    (Rockne 2010).
 
-    alpha in 1/Gy, beta in 1/Gy^2 (default alpha/beta = 10 Gy). Raises GliodeError for a negative dose or alpha.
+    alpha in 1/Gy, beta in 1/Gy^2 (default alpha/beta = 10 Gy). Raises GliodeError for a negative dose or
+    alpha.
     """
 
     day: float
@@ -24,7 +26,9 @@ class Radiotherapy:
 
     def __post_init__(self) -> None:
         if min(self.dose, self.alpha, self.beta) < 0:
-            raise GliodeError(f"therapy: dose {self.dose}, alpha {self.alpha}, beta {self.beta} must not be negative")
+            raise GliodeError(
+                f"therapy: dose {self.dose}, alpha {self.alpha}, beta {self.beta} must not be negative"
+            )
 
     def __call__(self, u: Tensor) -> Tensor:
         """The density after the fraction."""
@@ -42,7 +46,9 @@ class Resection:
     def __call__(self, u: Tensor) -> Tensor:
         """The density after surgery."""
         if self.kept.shape != u.shape or bool(((self.kept < 0) | (self.kept > 1)).any()):
-            raise GliodeError(f"resection: kept has shape {tuple(self.kept.shape)}; values in [0, 1], one per dof of u")
+            raise GliodeError(
+                f"resection: kept has shape {tuple(self.kept.shape)}; values in [0, 1], one per dof of u"
+            )
         return u * self.kept
 
 

@@ -81,8 +81,9 @@ def minimise(
         del at
         damp = float(run.memory["damp"]) if "damp" in run.memory else None
         factor = float(run.memory.get("factor", 2.0))
+        if run.memory:  # resumed: the saved Jacobian, or none where a new one was due
+            jacobian = run.memory.get("jacobian")
         age = int(run.memory.get("age", 0 if jacobian is None else 1))
-        jacobian = run.memory.get("jacobian", jacobian)
         while not run.record(here, _memory(damp, factor, jacobian, age)):
             if jacobian is None:
                 jacobian, age = problem.jacobian(here.m), 0

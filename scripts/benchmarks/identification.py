@@ -1,9 +1,10 @@
 """Synthetic patients on MNI152: parameters from two noisy visits, errors, coverage of the intervals, cost.
 
-The truth grows on a mesh of 2 mm at half the time step; scans and identification are at 4 mm. Patients alternate between
-densities (PET-like, noise of 5 % of the maximum at every voxel) and outlines at u = 0.16 and 0.6 (smoothed thresholds,
-noise 0.05), visits 60 days apart. The plain call takes the first 10 patients, `--full` 20. The discretisation-error
-model of `tumour.identification` was set on other patients (numbers 100 to 115).
+The truth grows on a mesh of 2 mm at half the time step; scans and identification are at 4 mm. Patients
+alternate between densities (PET-like, noise of 5 % of the maximum at every voxel) and outlines at u = 0.16
+and 0.6 (smoothed thresholds, noise 0.05), visits 60 days apart. The plain call takes the first 10 patients,
+`--full` 20. The discretisation-error model of `tumour.identification` was set on other patients (numbers 100
+to 115).
 """
 
 from __future__ import annotations
@@ -28,14 +29,14 @@ def patient(number: int) -> dict[str, Any]:
 
     from tumour.anatomy import mni152
     from tumour.identification import LOGARITHMIC, Identifier
-    from tumour.imaging import Modality
+    from tumour.imaging import Kind, Modality
     from tumour.model import PARAMETERS, TumourModel, domain_of
     from tumour.patients import draw, observe
 
     torch.set_num_threads(1)
     anatomy = mni152(SPACING)
     truth = draw(anatomy, number)
-    kinds = ("density",) if number % 2 == 0 else ("oedema", "enhancing")
+    kinds: tuple[Kind, ...] = ("density",) if number % 2 == 0 else ("oedema", "enhancing")
     finer = TumourModel(domain_of(mni152(FINER)), step=2.5)
     with torch.no_grad():
         scans = observe(finer, truth, anatomy, VISITS, [Modality(kind) for kind in kinds], noise_seed=number)
@@ -68,12 +69,14 @@ def run(full: bool) -> list[Check]:
         rows = list(track(pool.imap(patient, numbers), "patients", total=len(numbers)))
     checks = []
     for row in rows:
-        errors = ", ".join(f"{name} {100 * row['error'][name]:+.1f} %" for name in ("D_white", "D_grey", "rho", "age"))
+        errors = ", ".join(
+            f"{name} {100 * row['error'][name]:+.1f} %" for name in ("D_white", "D_grey", "rho", "age")
+        )
         missed = [name for name in PARAMETERS if not row["covered"][name]]
         checks.append(
             Check(
                 f"patient {row['number']} ({row['kind']}, sqrt(D/rho) {row['width']:.1f} mm)",
-                f"{errors}, seed {row['error']['seed']:.2f} mm; {row['equivalents']:.0f} forward equivalents, "
+                f"{errors}, seed {row['error']['seed']:.2f} mm; {row['equivalents']:.0f} forward runs, "
                 f"{row['seconds']:.0f} s; outside: {', '.join(missed) or 'none'}",
             )
         )

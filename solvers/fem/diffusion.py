@@ -10,9 +10,10 @@ from mpi4py import MPI
 from torch import Tensor
 
 from solvers.errors import GliodeError
+from solvers.fem.legendre import LegendreFlow
 from solvers.fem.operators import DiffusionOperator
 
-Scheme = Literal["sdirk2", "crank-nicolson", "implicit-euler"]
+Scheme = Literal["rkl2", "sdirk2", "crank-nicolson", "implicit-euler"]
 
 _GAMMA = 1.0 - 1.0 / math.sqrt(2.0)
 
@@ -20,31 +21,38 @@ _GAMMA = 1.0 - 1.0 / math.sqrt(2.0)
 class DiffusionStep:
     r"""A diffusion step u -> u(dt) by a scheme with the resolvent S(tau) = (M + tau K)^-1 M.
 
-    - ``sdirk2`` (default): the two-stage L-stable SDIRK of order 2, gamma = 1 - 1/sqrt 2, which for a linear problem is
-      u1 = S((1 + sqrt 2) S u0 - sqrt 2 u0) with tau = gamma dt (Alexander 1977; Hairer & Wanner II, table 6.5).
+    - ``rkl2`` (default): the Runge-Kutta-Legendre polynomial of order 2, explicit, stable at any step
+      (`LegendreFlow`).
+    - ``sdirk2``: the two-stage L-stable SDIRK of order 2, gamma = 1 - 1/sqrt 2, which for a linear problem is
+      u1 = S((1 + sqrt 2) S u0 - sqrt 2 u0) with tau = gamma dt (Alexander 1977; Hairer & Wanner II, table
+      6.5).
     - ``crank-nicolson``: u1 = 2 S(dt/2) u0 - u0; order 2, one solve, A-stable only.
     - ``implicit-euler``: u1 = S(dt) u0; order 1.
 
-    Bounds. Diffusion keeps min u0 <= u <= max u0. With an M-matrix (voxel bricks, scalar D) implicit Euler does too at
-    any step; a second-order step that leaves the bounds by more than `margin` is taken again by two implicit Euler
-    steps of half the length (counted in `fallbacks`). No value is ever clipped. On general meshes and with tensors the fallback is a
-    help, not a guarantee. The choice of branch is held fixed when differentiating.
+    Bounds. Diffusion keeps min u0 <= u <= max u0. With an M-matrix (voxel bricks, scalar D) implicit Euler
+    does too at any step; a second-order step that leaves the bounds by more than `margin` is taken again by
+    two implicit Euler steps of half the length (counted in `fallbacks`). No value is ever clipped. On general
+    meshes and with tensors the fallback is a help, not a guarantee. The choice of branch is held fixed when
+    differentiating.
     """
 
-    def __init__(self, operator: DiffusionOperator, scheme: Scheme = "sdirk2", margin: float = 1e-7) -> None:
+    def __init__(self, operator: DiffusionOperator, scheme: Scheme = "rkl2", margin: float = 1e-7) -> None:
         if scheme not in get_args(Scheme):
             raise GliodeError(f"scheme: {scheme!r} is not one of {', '.join(get_args(Scheme))}")
         self.operator = operator
         self.scheme = scheme
         self.margin = margin
         self.fallbacks = 0
+        self._flow = LegendreFlow(operator) if scheme == "rkl2" else None
 
     def __call__(self, u: Tensor, dt: Tensor | float, w: Tensor) -> Tensor:
         """Advance the state u (owned dofs,) by dt days with conductances w = operator.conductances(D)."""
         dt = torch.as_tensor(dt, dtype=torch.float64)
         if self.scheme == "implicit-euler":
             return self._resolvent(u, w, dt)
-        if self.scheme == "sdirk2":
+        if self._flow is not None:
+            u1 = self._flow(u, w, dt)
+        elif self.scheme == "sdirk2":
             tau = _GAMMA * dt
             first = self._resolvent(u, w, tau)
             u1 = self._resolvent((1.0 + math.sqrt(2.0)) * first - math.sqrt(2.0) * u, w, tau)

@@ -1,7 +1,7 @@
 """Exchange of shared degrees of freedom, on the tape.
 
-Under MPI a state holds the rank's owned dofs. `extend` (owned -> owned and ghosts) and `gather` (sum the ghosts'
-contributions into their owners) are adjoint to each other, so each is the other's derivative.
+Under MPI a state holds the rank's owned dofs. `extend` (owned -> owned and ghosts) and `gather` (sum the
+ghosts' contributions into their owners) are adjoint to each other, so each is the other's derivative.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Meshes: voxel bricks of a label volume, boxes, balls, intervals and files, each as a `Domain`.
 
-A `Domain` is a mesh with its continuous P1/Q1 space V and what the steps need of it. A state is a torch float64
-tensor of the rank's owned degrees of freedom of V (on these meshes: the vertices). Lengths are in mm.
+A `Domain` is a mesh with its continuous P1/Q1 space V and what the steps need of it. A state is a torch
+float64 tensor of the rank's owned degrees of freedom of V (on these meshes: the vertices). Lengths are in mm.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from mpi4py import MPI
 from torch import Tensor
 
 from solvers.errors import GliodeError
+from solvers.fem.compat import cell_partitioner, geometry_dofmap
 from solvers.fem.ghosts import Ghosts
 
 FloatArray = np.ndarray[Any, np.dtype[np.float64]]
@@ -30,8 +31,8 @@ class Grid:
     """The voxel grid a brick mesh was cut from.
 
     shape: voxels per axis; affine: 4 x 4, voxel index to RAS mm (voxel centres at whole indices);
-    cell_voxel: (local cells, 3) voxel of each cell; dof_corner: (local dofs, 3) grid corner of each dof, corner
-    (i, j, k) sitting at voxel coordinates (i - 1/2, j - 1/2, k - 1/2).
+    cell_voxel: (local cells, 3) voxel of each cell; dof_corner: (local dofs, 3) grid corner of each dof,
+    corner (i, j, k) sitting at voxel coordinates (i - 1/2, j - 1/2, k - 1/2).
     """
 
     shape: tuple[int, int, int]
@@ -92,7 +93,7 @@ class Domain:
     @cached_property
     def cell_dofs(self) -> np.ndarray[Any, np.dtype[np.int32]]:
         """(local cells, vertices per cell): local dofs, ghosts numbered behind the owned ones."""
-        return np.asarray(self.V.dofmap.list[: self.n_cells])
+        return np.array(self.V.dofmap.list[: self.n_cells])
 
     @cached_property
     def points(self) -> FloatArray:
@@ -108,7 +109,7 @@ class Domain:
     def cell_volumes(self) -> Tensor:
         """(local cells,) in mm^d."""
         weights, _ = cell_geometry(self)
-        return torch.from_numpy(np.ascontiguousarray(np.broadcast_to(weights.sum(1), (self.n_cells,))))
+        return torch.from_numpy(np.array(np.broadcast_to(weights.sum(1), (self.n_cells,))))
 
     @cached_property
     def mass(self) -> Tensor:
@@ -117,7 +118,7 @@ class Domain:
         per_vertex = np.broadcast_to(weights @ tables.values, self.cell_dofs.shape)
         local = torch.zeros(len(self.points), dtype=torch.float64)
         local.index_add_(
-            0, torch.from_numpy(self.cell_dofs.ravel()), torch.from_numpy(np.ascontiguousarray(per_vertex).ravel())
+            0, torch.from_numpy(self.cell_dofs.ravel()), torch.from_numpy(np.array(per_vertex).ravel())
         )
         return self.ghosts.gather(local)
 
@@ -132,15 +133,15 @@ class Domain:
     def project(self, values: Any, refine: int = 4) -> Tensor:
         """Control-volume means: u_i is the mean of f over the part of each cell nearest to vertex i.
 
-        values: callable of points (n, 3) -> (n,), integrated by a composite rule of `refine` points a direction on
-        each cell. Keeps integral(u) = int f to the accuracy of the rule, as nodal interpolation of a seed narrower
-        than the mesh does not, and smears f half as much as a projection on the basis functions (variance h^2/12
-        instead of h^2/6 a direction).
+        values: callable of points (n, 3) -> (n,), integrated by a composite rule of `refine` points a
+        direction on each cell. Keeps integral(u) = int f to the accuracy of the rule, as nodal interpolation
+        of a seed narrower than the mesh does not, and smears f half as much as a projection on the basis
+        functions (variance h^2/12 instead of h^2/6 a direction).
         """
         weights, tables = cell_geometry(self, refine)
         nearest = tables.values == tables.values.max(axis=1, keepdims=True)
         shares = nearest / nearest.sum(axis=1, keepdims=True)
-        nodes = self.mesh.geometry.x[self.mesh.geometry.dofmap[: self.n_cells]]
+        nodes = self.mesh.geometry.x[geometry_dofmap(self.mesh)[: self.n_cells]]
         moments = torch.zeros(2, len(self.points), dtype=torch.float64)
         chunk = max(1, 2_000_000 // tables.values.shape[0])
         for start in range(0, self.n_cells, chunk):
@@ -171,7 +172,9 @@ class Tables:
 
 
 def _rule(cell: str, dim: int, refine: int | None) -> tuple[FloatArray, FloatArray]:
-    """Points and weights on the reference cell: exact for the lumped mass, or composite when `refine` is given."""
+    """Points and weights on the reference cell: exact for the lumped mass, or composite when `refine` is
+    given.
+    """
     import basix
 
     kind = getattr(basix.CellType, cell)
@@ -186,7 +189,9 @@ def _rule(cell: str, dim: int, refine: int | None) -> tuple[FloatArray, FloatArr
 
 
 def cell_geometry(domain: Domain, refine: int | None = None) -> tuple[FloatArray, Tables]:
-    """Quadrature weights times |det J|, (cells or 1, q), and the basis tables; one row serves all equal bricks."""
+    """Quadrature weights times |det J|, (cells or 1, q), and the basis tables; one row serves all equal
+    bricks.
+    """
     cell = domain.mesh.topology.cell_name()
     dim = domain.mesh.topology.dim
     points, weights = _rule(cell, dim, refine)
@@ -208,9 +213,11 @@ def tabulate(cell: str, points: FloatArray) -> Tables:
 
 
 def jacobians(domain: Domain, tables: Tables) -> FloatArray:
-    """J = dx/dX at the quadrature points, (cells or 1, q, gdim, dim); one cell stands for all on a voxel grid."""
+    """J = dx/dX at the quadrature points, (cells or 1, q, gdim, dim); one cell stands for all on a voxel
+    grid.
+    """
     count = min(domain.n_cells, 1) if domain.grid is not None else domain.n_cells
-    nodes = domain.mesh.geometry.x[domain.mesh.geometry.dofmap[:count]][:, :, : domain.mesh.geometry.dim]
+    nodes = domain.mesh.geometry.x[geometry_dofmap(domain.mesh)[:count]][:, :, : domain.mesh.geometry.dim]
     if domain.grid is not None and count == 0:
         return np.zeros((1, tables.values.shape[0], 3, 3))
     return np.einsum("dqn,cng->cqgd", tables.derivatives, nodes)
@@ -233,7 +240,7 @@ def _create(
         cells=np.ascontiguousarray(cells[_share(comm, len(cells))], dtype=np.int64),
         e=element,
         x=np.ascontiguousarray(points[_share(comm, len(points))], dtype=np.float64),
-        partitioner=dolfinx.mesh.create_cell_partitioner(dolfinx.mesh.GhostMode.none),
+        partitioner=cell_partitioner(dolfinx.mesh.GhostMode.none),
     )
     V = dolfinx.fem.functionspace(mesh, ("Lagrange", 1))
     original = original_cells(mesh)
@@ -258,15 +265,18 @@ def voxels(
 ) -> Domain:
     """Conforming hexahedra, one for each voxel of `mask` (nx, ny, nz), placed in RAS mm by the affine.
 
-    cell_data: name -> volume of the mask's shape, kept for the cells. The voxel axes must be perpendicular (rotations,
-    flips and different edge lengths are fine). Raises GliodeError for an empty mask or a sheared affine.
+    cell_data: name -> volume of the mask's shape, kept for the cells. The voxel axes must be perpendicular
+    (rotations, flips and different edge lengths are fine). Raises GliodeError for an empty mask or a sheared
+    affine.
     """
     affine = np.asarray(affine, dtype=np.float64)
     if mask.ndim != 3 or not mask.any():
         raise GliodeError("mask: no voxel is inside; choose tissues that are present, or a finer spacing")
     axes = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
     if not np.allclose(axes.T @ axes, np.eye(3), atol=1e-4):
-        raise GliodeError("affine: the voxel axes are not perpendicular; resample the image to a grid without shear")
+        raise GliodeError(
+            "affine: the voxel axes are not perpendicular; resample the image to a grid without shear"
+        )
     corners = tuple(n + 1 for n in mask.shape)
     voxel = np.argwhere(mask)
     strides = np.array([corners[1] * corners[2], corners[2], 1])
@@ -312,9 +322,7 @@ def ball(radius: float, h: float, comm: MPI.Comm = MPI.COMM_WORLD) -> Domain:
 
 def interval(length: float, cells: int, comm: MPI.Comm = MPI.COMM_WORLD) -> Domain:
     """[0, length] in equal cells."""
-    mesh = dolfinx.mesh.create_interval(
-        comm, cells, [0.0, length], ghost_mode=dolfinx.mesh.GhostMode.none
-    )
+    mesh = dolfinx.mesh.create_interval(comm, cells, [0.0, length], ghost_mode=dolfinx.mesh.GhostMode.none)
     return from_mesh(mesh)
 
 
@@ -322,19 +330,26 @@ def from_mesh(mesh: dolfinx.mesh.Mesh, cell_data: Mapping[str, Tensor] | None = 
     """A Domain on a DOLFINx mesh of one cell type, made without ghost cells."""
     cells = mesh.topology.index_map(mesh.topology.dim)
     if cells.num_ghosts and mesh.comm.size > 1:
-        raise GliodeError("mesh: made with ghost cells; create it with ghost_mode=dolfinx.mesh.GhostMode.none")
+        raise GliodeError(
+            "mesh: made with ghost cells; create it with ghost_mode=dolfinx.mesh.GhostMode.none"
+        )
     return Domain(mesh, dolfinx.fem.functionspace(mesh, ("Lagrange", 1)), cell_data or {})
 
 
-_MESHIO_CELLS = {"tetra": "tetrahedron", "hexahedron": "hexahedron", "triangle": "triangle", "line": "interval"}
+_MESHIO_CELLS = {
+    "tetra": "tetrahedron",
+    "hexahedron": "hexahedron",
+    "triangle": "triangle",
+    "line": "interval",
+}
 _VTK_HEXAHEDRON = [0, 1, 3, 2, 4, 5, 7, 6]
 
 
 def read(path: str | Path, comm: MPI.Comm = MPI.COMM_WORLD) -> Domain:
     """Any mesh meshio reads, with its per-cell numbers as `cell_data` (coordinates taken as mm).
 
-    The cells of the highest dimension are kept. Raises GliodeError naming the file where it is missing, unreadable,
-    holds no supported cells, or has data that do not fit.
+    The cells of the highest dimension are kept. Raises GliodeError naming the file where it is missing,
+    unreadable, holds no supported cells, or has data that do not fit.
     """
     import meshio
 
@@ -343,8 +358,10 @@ def read(path: str | Path, comm: MPI.Comm = MPI.COMM_WORLD) -> Domain:
         raise GliodeError(f"{path}: no such mesh file")
     try:
         mesh = meshio.read(path)
-    except (meshio.ReadError, ValueError, KeyError, IndexError, OSError, SystemExit) as error:
-        raise GliodeError(f"{path}: meshio cannot read it ({error}); convert it, e.g. to .vtu or .msh") from error
+    except (meshio.ReadError, ValueError, LookupError, OSError, SyntaxError, SystemExit) as error:
+        raise GliodeError(
+            f"{path}: meshio cannot read it ({error}); convert it, e.g. to .vtu or .msh"
+        ) from error
     kind = next((k for k in _MESHIO_CELLS if any(block.type == k for block in mesh.cells)), None)
     if kind is None:
         found = sorted({block.type for block in mesh.cells})
@@ -368,7 +385,9 @@ def read(path: str | Path, comm: MPI.Comm = MPI.COMM_WORLD) -> Domain:
 
 
 def _flat_dimension(path: Path, points: FloatArray) -> int:
-    """2 for a triangle mesh in the plane z = constant, 1 for an interval on the x axis; curved ones are refused."""
+    """2 for a triangle mesh in the plane z = constant, 1 for an interval on the x axis; curved ones are
+    refused.
+    """
     extents = np.ptp(points, axis=0)
     used = int(np.max(np.flatnonzero(extents > 1e-12), initial=0)) + 1
     if used > 2:

@@ -1,12 +1,13 @@
 """The diffusion operator as a weighted graph Laplacian, and its implicit solves.
 
-Every stiffness matrix K(D)_ij = int grad(phi_i) . D grad(phi_j) has zero row sums, so K = G^T diag(w) G, where G takes
-the differences of a state along the pairs (i, j) of vertices that share a cell and w_ij = -K_ij is linear in D. The
-weights w ("conductances") are the natural parameter of a diffusion step: a matrix is refilled from them without
-assembly, and the derivative of lambda^T K(w) u is the product of two differences.
+Every stiffness matrix K(D)_ij = int grad(phi_i) . D grad(phi_j) has zero row sums, so K = G^T diag(w) G,
+where G takes the differences of a state along the pairs (i, j) of vertices that share a cell and w_ij = -K_ij
+is linear in D. The weights w ("conductances") are the natural parameter of a diffusion step: a matrix is
+refilled from them without assembly, and the derivative of lambda^T K(w) u is the product of two differences.
 
-Quadrature. On voxel bricks with scalar D the vertex rule leaves only the brick's edges: 7 entries a row, an M-matrix
-at any aspect ratio, second order. Tensors and general meshes use the full rule; their bound is not guaranteed.
+Quadrature. On voxel bricks with scalar D the vertex rule leaves only the brick's edges: 7 entries a row, an
+M-matrix at any aspect ratio, second order. Tensors and general meshes use the full rule; their bound is not
+guaranteed.
 """
 
 from __future__ import annotations
@@ -34,8 +35,9 @@ class SolveCount:
 class Conductances:
     """The linear map D (per cell) -> w (per pair of vertices).
 
-    D is (cells,) for isotropic diffusion, or (cells, d, d) symmetric for a tensor when `tensor` is true; mm^2/day.
-    The map is a dense table per cell (one for all voxel bricks) and one scatter: plain torch, differentiable.
+    D is (cells,) for isotropic diffusion, or (cells, d, d) symmetric for a tensor when `tensor` is true;
+    mm^2/day. The map is a dense table per cell (one for all voxel bricks) and one scatter: plain torch,
+    differentiable.
     """
 
     def __init__(self, domain: Domain, tensor: bool = False) -> None:
@@ -58,8 +60,12 @@ class Conductances:
         """The weights w, (pairs,), of a diffusivity per cell."""
         expected = (self._cells, *self._table.shape[2:])
         if tuple(D.shape) != expected:
-            raise GliodeError(f"D: shape {tuple(D.shape)}, expected {expected} (one value per cell of this mesh)")
-        per_cell = (self._table * D.unsqueeze(1)).flatten(2).sum(2) if self.tensor else self._table * D[:, None]
+            raise GliodeError(
+                f"D: shape {tuple(D.shape)}, expected {expected} (one value per cell of this mesh)"
+            )
+        per_cell = (
+            (self._table * D.unsqueeze(1)).flatten(2).sum(2) if self.tensor else self._table * D[:, None]
+        )
         return torch.zeros(self.n_edges, dtype=D.dtype).index_add(0, self._edge, per_cell.reshape(-1))
 
 
@@ -76,7 +82,9 @@ def _unique(key: np.ndarray[Any, np.dtype[np.int64]]) -> tuple[Any, Any]:
 
 
 def _pair_table(domain: Domain, cell: str, vertex_rule: bool, tensor: bool) -> tuple[Any, Any]:
-    """-int grad(phi_i) . grad(phi_j) for the pairs i < j of a cell: (cells or 1, pairs[, d, d]) and (pairs, 2)."""
+    """-int grad(phi_i) . grad(phi_j) for the pairs i < j of a cell: (cells or 1, pairs[, d, d]) and (pairs,
+    2).
+    """
     import basix
 
     dim = domain.mesh.topology.dim
@@ -88,7 +96,9 @@ def _pair_table(domain: Domain, cell: str, vertex_rule: bool, tensor: bool) -> t
     tables = tabulate(cell, points)
     J = jacobians(domain, tables)
     if J.shape[-1] != J.shape[-2]:
-        raise GliodeError("mesh: a curve or surface embedded in a higher dimension has no diffusion operator here")
+        raise GliodeError(
+            "mesh: a curve or surface embedded in a higher dimension has no diffusion operator here"
+        )
     gradients = np.einsum("dqn,cqdg->cqng", tables.derivatives, np.linalg.inv(J))
     scale = np.abs(np.linalg.det(J)) * weights
     n = gradients.shape[2]
@@ -107,9 +117,9 @@ def _pair_table(domain: Domain, cell: str, vertex_rule: bool, tensor: bool) -> t
 class DiffusionOperator:
     """M + tau K(w) on a domain: products, differences and preconditioned conjugate-gradient solves.
 
-    The matrix is preallocated once; it is refilled only when w or tau changes, and the last few are kept, so every
-    step and every gradient of a run shares them. rtol: relative tolerance of the preconditioned residual.
-    Raises GliodeError when the solve does not converge.
+    The matrix is preallocated once; it is refilled only when w or tau changes, and the last few are kept, so
+    every step and every gradient of a run shares them. rtol: relative tolerance of the preconditioned
+    residual. Raises GliodeError when the solve does not converge.
     """
 
     def __init__(self, domain: Domain, tensor: bool = False, rtol: float = 1e-10) -> None:
@@ -156,7 +166,7 @@ class DiffusionOperator:
         reason = ksp.getConvergedReason()
         if reason < 0:
             raise GliodeError(
-                f"diffusion solve did not converge (PETSc reason {reason}, {ksp.getIterationNumber()} iterations): "
+                f"diffusion solve did not converge (PETSc reason {reason}): "
                 "check that D is positive and finite, or shorten the time step"
             )
         return torch.from_numpy(solution.array_r.copy())
@@ -177,17 +187,24 @@ class DiffusionOperator:
             raise GliodeError("diffusion: D or the time step is not finite")
         ksp = solver[0]
         matrix = ksp.getOperators()[0]
-        pointers, columns, rows = self._rows
-        values = torch.cat([diagonal, -scaled, -scaled])[self._order].numpy()
-        matrix.zeroEntries()
-        matrix.setValuesIJV(pointers, columns, values, PETSc.InsertMode.ADD_VALUES, rows)
-        matrix.assemble()
+        self.fill(matrix, diagonal, -scaled, -scaled)
         ksp.setOperators(matrix)
         # A copy under a new address: the caller may change its tensor in place.
         self._kept.insert(0, (w.clone(), tau, solver))
         return solver  # type: ignore[no-any-return]
 
-    def _new_solver(self) -> tuple[Any, Any, Any]:
+    def fill(self, matrix: Any, diagonal: Tensor, forth: Tensor, back: Tensor) -> None:
+        """Set the entries (i, i), (i, j) and (j, i) of the rank's pairs (i, j); those of shared rows are
+        added up.
+        """
+        pointers, columns, rows = self._rows
+        values = torch.cat([diagonal, forth, back])[self._order].numpy()
+        matrix.zeroEntries()
+        matrix.setValuesIJV(pointers, columns, values, PETSc.InsertMode.ADD_VALUES, rows)
+        matrix.assemble()
+
+    def new_matrix(self) -> Any:
+        """An empty PETSc matrix with room for `fill`."""
         comm = self.domain.comm
         matrix = PETSc.Mat().create(comm)
         sizes = (self.domain.n_owned, self.domain.n_global)
@@ -195,8 +212,12 @@ class DiffusionOperator:
         matrix.setType(PETSc.Mat.Type.AIJ)
         widest = PETSc.IntType(np.diff(self._rows[0]).max(initial=1))
         matrix.setPreallocationNNZ((widest, widest if comm.size > 1 else 0))
+        return matrix
+
+    def _new_solver(self) -> tuple[Any, Any, Any]:
+        matrix = self.new_matrix()
         matrix.setOption(PETSc.Mat.Option.SPD, True)
-        ksp = PETSc.KSP().create(comm)
+        ksp = PETSc.KSP().create(self.domain.comm)
         ksp.setOperators(matrix)
         ksp.setType(PETSc.KSP.Type.CG)
         ksp.getPC().setType(PETSc.PC.Type.JACOBI)

@@ -12,15 +12,16 @@ from scipy import ndimage
 from torch import Tensor
 
 from solvers.errors import GliodeError
+from solvers.fem.compat import geometry_dofmap
 from solvers.fem.mesh import Domain, FloatArray, tabulate
 
 
 class Sampling:
     """u -> u(x_k) at points (n, 3) in mm, exact for the finite-element function.
 
-    rows: which points this rank evaluates (under MPI each point has one rank). On a voxel mesh a point outside the
-    mesh takes the nearest point of the nearest brick, if it is not farther than `reach` mm; on a general mesh, and
-    beyond the reach, it is refused with a GliodeError.
+    rows: which points this rank evaluates (under MPI each point has one rank). On a voxel mesh a point
+    outside the mesh takes the nearest point of the nearest brick, if it is not farther than `reach` mm; on a
+    general mesh, and beyond the reach, it is refused with a GliodeError.
     """
 
     def __init__(self, domain: Domain, points: FloatArray, reach: float = 0.0) -> None:
@@ -39,10 +40,18 @@ class Sampling:
         return (local[self._dofs] * self._weights).sum(1)
 
 
+def _all(domain: Domain, array: np.ndarray, op: MPI.Op) -> np.ndarray:
+    """The reduction of an array over the ranks."""
+    total = np.ascontiguousarray(array).copy()
+    domain.comm.Allreduce(MPI.IN_PLACE, total, op=op)
+    return total
+
+
 def _refuse(where: FloatArray, reach: float) -> None:
     if len(where):
         raise GliodeError(
-            f"points: {len(where)} lie outside the mesh (more than {reach:g} mm), the first at {where[0].round(2).tolist()} mm;"
+            f"points: {len(where)} lie outside the mesh (more than {reach:g} mm), the first at "
+            f"{where[0].round(2).tolist()} mm;"
             " check that the coordinates are RAS mm of the same scan"
         )
 
@@ -52,7 +61,7 @@ def _on_grid(domain: Domain, points: FloatArray, reach: float) -> tuple[Any, Any
     assert grid is not None
     at = grid.coordinates(points)
     own = grid.voxel_cell >= 0
-    everyone = own if domain.comm.size == 1 else domain.comm.allreduce(own, op=MPI.LOR)
+    everyone = _all(domain, own, MPI.LOR)
     voxel = np.clip(np.rint(at).astype(np.int64), 0, np.array(grid.shape) - 1)
     inside = everyone[tuple(voxel.T)]
     if not inside.all():
@@ -67,7 +76,12 @@ def _on_grid(domain: Domain, points: FloatArray, reach: float) -> tuple[Any, Any
     rows = np.flatnonzero(cells >= 0)
     x, y, z = reference[rows].T
     weights = np.stack(
-        [(x if i else 1 - x) * (y if j else 1 - y) * (z if k else 1 - z) for k in (0, 1) for j in (0, 1) for i in (0, 1)],
+        [
+            (x if i else 1 - x) * (y if j else 1 - y) * (z if k else 1 - z)
+            for k in (0, 1)
+            for j in (0, 1)
+            for i in (0, 1)
+        ],
         axis=1,
     )
     return rows, cells[rows], weights
@@ -83,21 +97,26 @@ def _on_mesh(domain: Domain, points: FloatArray, reach: float) -> tuple[Any, Any
     first[found] = colliding.array[colliding.offsets[:-1][found]]
     # A point on an interface is found by several ranks: the lowest keeps it.
     rank = np.where(found, domain.comm.rank, domain.comm.size)
-    owner = domain.comm.allreduce(rank, op=MPI.MIN) if domain.comm.size > 1 else rank
+    owner = _all(domain, rank, MPI.MIN)
     _refuse(points[owner == domain.comm.size], reach)
     rows = np.flatnonzero(owner == domain.comm.rank)
     cells = first[rows]
     name = mesh.topology.cell_name()
+    nodes_of = geometry_dofmap(mesh)
     weights = np.empty((len(rows), domain.cell_dofs.shape[1]))
     for k, (cell, point) in enumerate(zip(cells, points[rows], strict=True)):
-        nodes = mesh.geometry.x[mesh.geometry.dofmap[cell]]
-        reference = mesh.geometry.cmap.pull_back(point[None, : mesh.geometry.dim], nodes[:, : mesh.geometry.dim])
+        nodes = mesh.geometry.x[nodes_of[cell]]
+        reference = mesh.geometry.cmap.pull_back(
+            point[None, : mesh.geometry.dim], nodes[:, : mesh.geometry.dim]
+        )
         weights[k] = tabulate(name, reference).values[0]
     return rows, cells, weights
 
 
 def cell_means(domain: Domain, u: Tensor) -> FloatArray:
-    """The mean of a state over each voxel of the domain's grid, 0 outside the mesh; the whole volume on every rank."""
+    """The mean of a state over each voxel of the domain's grid, 0 outside the mesh; the whole volume on every
+    rank.
+    """
     grid = domain.grid
     if grid is None:
         raise GliodeError("grid: this domain was not made from voxels; write it for ParaView instead")
