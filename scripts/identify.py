@@ -210,6 +210,11 @@ def show(record: dict[str, Any]) -> None:
         truth = [f"{estimate['truth']:.4g}"] if known else []
         table.add_row(name, *truth, f"{estimate['value']:.4g}", f"{low:.4g} to {high:.4g}", estimate["unit"])
     console.print(table)
+    for name, quantity in record["derived"].items():
+        low, high = quantity["interval"]
+        verdict = "fixed by the scans" if quantity["fixed"] else "left open by the scans"
+        text = f"{quantity['value']:.4g} ({low:.4g} to {high:.4g}) {quantity['unit']}".rstrip()
+        console.print(f"{name.replace('_', ' ')} {quantity['formula']}: {text}, {verdict}", highlight=False)
     for fixed, title in (
         (True, "The scans fix"),
         (False, "The scans do not fix, beyond what was known before"),

@@ -23,7 +23,8 @@ Rate = Callable[[Tensor], Tensor]
 class GrowthLaw:
     """A growth law: `flow(u, dt, rho)` is the state after dt days, `rate(u)` is g(u).
 
-    closed_form: the flow keeps no more than u for its gradient, so there is nothing to save by running it again.
+    closed_form: the flow keeps no more than u for its gradient, so there is nothing to save by running it
+    again.
     """
 
     name: str
@@ -64,7 +65,8 @@ class _Logistic(torch.autograd.Function):
         # The same in place, for the first derivatives by a number.
         growth, decay = torch.expm1(t), torch.exp(t)
         grad_u = (u * growth).add_(1.0).reciprocal_().square_().mul_(decay).mul_(grads[0])
-        return grad_u, torch.dot(grad_u, u) - torch.dot(grad_u, u.square()) if ctx.needs_input_grad[1] else None
+        grad_t = torch.dot(grad_u, u - u.square()) if ctx.needs_input_grad[1] else None
+        return grad_u, grad_t
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensor:
@@ -81,10 +83,12 @@ _LONGEST = 0.25
 
 
 def _resolved(per_capita: Rate) -> Flow:
-    """A flow by Runge-Kutta substeps, order 4, for the growth s = ln(u(t)/u(0)): s' = rho c(u(0) e^s), c = g(u)/u.
+    """A flow by Runge-Kutta substeps, order 4, for the growth s = ln(u(t)/u(0)): s' = rho c(u(0) e^s), c =
+    g(u)/u.
 
-    In this variable 0 and the roots of c are kept exactly, no density turns negative, and the equation is smooth with
-    slopes of at most 1 even where g'(0) is large, so substeps of rho dt <= 1/4 are accurate to 1e-4.
+    In this variable 0 and the roots of c are kept exactly, no density turns negative, and the equation is
+    smooth with slopes of at most 1 even where g'(0) is large, so substeps of rho dt <= 1/4 are accurate to
+    1e-4.
     """
 
     def flow(u: Tensor, dt: Tensor, rho: Tensor) -> Tensor:

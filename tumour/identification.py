@@ -43,9 +43,9 @@ from inverse.regularizers.tikhonov import Tikhonov
 from inverse.stopping import GradientTolerance, MaxIterations, State, StepTolerance
 from inverse.uncertainty import Combination, Laplace
 from solvers.errors import GliodeError
+from solvers.fem.diffusion import Scheme
 from solvers.spaces import GramSpace
 from tumour.anatomy import Anatomy
-from solvers.fem.diffusion import Scheme
 from tumour.growth import GrowthLaw
 from tumour.model import PARAMETERS, UNITS, Seed, TumourModel, domain_of
 from tumour.patients import Scan, camera
@@ -139,14 +139,12 @@ class Estimate:
     variance_ratio: float
 
 
-DERIVED: dict[str, tuple[str, float, dict[str, float]]] = {
-    "infiltration_length": ("mm", 1.0, {"D_white": 0.5, "rho": -0.5}),
-    "front_speed": ("mm/day", 2.0, {"D_white": 0.5, "rho": 0.5}),
-    "growth_times": ("", 1.0, {"rho": 1.0, "age": 1.0}),
+DERIVED: dict[str, tuple[str, str, float, dict[str, float]]] = {
+    "infiltration_length": ("sqrt(D_white/rho)", "mm", 1.0, {"D_white": 0.5, "rho": -0.5}),
+    "front_speed": ("2 sqrt(D_white rho)", "mm/day", 2.0, {"D_white": 0.5, "rho": 0.5}),
+    "growth_times": ("rho age", "", 1.0, {"rho": 1.0, "age": 1.0}),
 }
-"""Name: unit, factor, exponents: sqrt(D/rho), 2 sqrt(D rho) and rho age. One scan fixes the first and the
-last.
-"""
+"""Name: formula, unit, factor, exponents. One scan fixes the first and the last."""
 
 
 @dataclass(frozen=True)
@@ -244,6 +242,7 @@ class Identifier:
         count = int(self.region.sum())
         self.sd = torch.cat([torch.full((count,), scan.sd, dtype=torch.float64) for scan in self.scans])
         seed = seed or Seed()
+
         def model(on: Anatomy, step: float) -> TumourModel:
             return TumourModel(domain_of(on), law, seed, step, scheme, rtol, therapy=therapy)
 
@@ -479,7 +478,7 @@ class Identifier:
                 n: Estimate(values[n], UNITS[n], intervals[n], r)
                 for n, r in zip(PARAMETERS, ratio, strict=True)
             },
-            derived={name: self._derived(posterior, *how) for name, how in DERIVED.items()},
+            derived={name: self._derived(posterior, *how[1:]) for name, how in DERIVED.items()},
             combinations=posterior.identifiability(),
             posterior=posterior,
             misfit=result.state.misfit,

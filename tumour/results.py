@@ -25,13 +25,14 @@ import yaml
 from mpi4py import MPI
 from torch import Tensor
 
+from inverse.uncertainty import FIXED
 from solvers.errors import GliodeError
 from solvers.fem.io import Film, on_root
 from solvers.fem.mesh import Domain
 from solvers.files import write_json, write_text
 from tumour.anatomy import Anatomy
 from tumour.case import Case
-from tumour.identification import Identification
+from tumour.identification import DERIVED, Identification
 from tumour.nifti import write_nifti
 from tumour.patients import Scan
 from tumour.study import truth_of
@@ -165,6 +166,14 @@ def identified(case: Case, found: Identification) -> dict[str, Any]:
         "case": case.name,
         "kind": "identify",
         "estimates": estimates,
+        "derived": {
+            name: {
+                **asdict(quantity),
+                "formula": DERIVED[name][0],
+                "fixed": quantity.variance_ratio <= FIXED,
+            }
+            for name, quantity in found.derived.items()
+        },
         "level": case.identify.level,
         "misfit": found.misfit,
         "data": found.data,

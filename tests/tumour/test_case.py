@@ -65,7 +65,11 @@ WRONG = [
     ("model", {"growth": {"law": "gompertz", "eps": 2}}, "model.growth.eps: must be below 1 (got 2)"),
     ("model", {"growth": {"law": "logistic", "eps": 0.1}}, "model.growth: unknown key 'eps'"),
     ("model", {"step": 0}, "demo.yaml: model.step: must be positive (got 0)"),
-    ("model", {"scheme": "euler"}, "model.scheme: must be 'sdirk2', 'crank-nicolson' or 'implicit-euler'"),
+    (
+        "model",
+        {"scheme": "euler"},
+        "model.scheme: must be 'rkl2', 'sdirk2', 'crank-nicolson' or 'implicit-euler'",
+    ),
     ("visits", [], "demo.yaml: visits: must have 1 or more entries (got [])"),
     ("visits", None, "demo.yaml: visits: must be a list (got nothing)"),
     ("visits.0.day", 3, "demo.yaml: visits[0].day: the first visit is day 0"),
