@@ -75,9 +75,9 @@ def default_step(spacing: Sequence[float]) -> float:
 class TumourModel:
     """Parameters -> densities on one domain; differentiable in all of them, in both modes.
 
-    step: time step aimed at, in days (default: `default_step`, on general meshes 10). checkpoint: see `Evolution`. therapy: treatments, dated from the seed's
-    day 0 if the age is known, i.e. by `days after the first scan` (negative before it). progress: (done, all)
-    after each step.
+    step: time step aimed at, in days (default: `default_step`, on general meshes 10). checkpoint: see
+    `Evolution`. therapy: treatments, dated from the seed's day 0 if the age is known, i.e. by `days after the
+    first scan` (negative before it). progress: (done, all) after each step.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class TumourModel:
                 "domain: cell data 'white' and 'grey' (fractions) are needed for the diffusivity"
             )
         if step is None:
-            step = default_step(domain.grid.spacing if domain.grid is not None else ())
+            step = default_step([] if domain.grid is None else list(domain.grid.spacing))
         if step <= 0:
             raise GliodeError(f"step: {step} days must be positive")
         self.domain, self.law, self.seed, self.step = domain, law or logistic(), seed or Seed(), step

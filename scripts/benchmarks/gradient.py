@@ -165,7 +165,7 @@ def _sweep(J: Tensor, leaves: list[Tensor]) -> Tensor:
 
 
 def single_observation(problem: Problem) -> list[Check]:
-    """The derivative by rho of one value of u at day 200, 20 mm from the seed, against central differences."""
+    """The derivative by rho of u at day 200 and 20 mm from the seed, against central differences."""
     away = torch.from_numpy(problem.domain.points[: problem.domain.n_owned]) - problem.base["seed position"]
     at = int(((away.norm(dim=1) - 20.0).abs()).argmin())
     rho = problem.base["rho"].clone().requires_grad_()

@@ -1,13 +1,14 @@
-"""Growth in a ball against the exact radial solution and a tuned voxel solver: error, time, and the choice of defaults.
+"""Growth in a ball against the radial solution and a tuned voxel solver: error, time, the choice of defaults.
 
-Fisher's equation in a ball of radius 28 mm, D = 0.13 mm^2/day, rho = 0.025/day, zero flux, 200 days, from a Gaussian cut
-at u = 0.1 (shared/NUMBERS.md). The reference is radial: finite volumes on 2800 shells, BDF at 1e-9.
+Fisher's equation in a ball of radius 28 mm, D = 0.13 mm^2/day, rho = 0.025/day, zero flux, 200 days, from a
+Gaussian cut at u = 0.1 (shared/NUMBERS.md). The reference is radial: finite volumes on 2800 shells, BDF at
+1e-9.
 
-The rival is what a careful NumPy user writes: classical Runge-Kutta on voxels cropped to the ball, 7-point differences,
-float64, at the stability limit, in place on contiguous memory, in slabs that stay in the cache (twice as fast as whole
-arrays). Both start from means of the seed over each voxel or control volume, so both are measured by such means of the
-exact solution. Their stencils are the same, half a voxel apart, and so are their errors in space, to within a few per
-cent either way: the bar on the error allows 1 %. One thread each; times are the best of runs that take turns.
+The rival is what a careful NumPy user writes: classical Runge-Kutta on voxels cropped to the ball, 7-point
+differences, float64, at the stability limit, in place on contiguous memory, in slabs that stay in the cache
+(twice as fast as whole arrays). Both start from means of the seed over each voxel or control volume, so both
+are measured by such means of the exact solution. Their stencils are the same, half a voxel apart, and so are
+their errors in space to a few per cent. One thread each; times are the best of runs that take turns.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -120,9 +122,10 @@ def reference(shells: int = 2800) -> Reference:
 
 
 class Voxels:
-    """Runge-Kutta 4 on voxels: k = c (sum of neighbours) + u (rho - c neighbours - rho u), zero outside the ball.
+    """Runge-Kutta 4 on voxels: k = c (sum of neighbours) + u (rho - c (their number) - rho u), 0 outside.
 
-    Arrays are flat, so that all neighbours are shifted contiguous slices; one layer of zeros goes round the ball.
+    Arrays are flat, so that all neighbours are shifted contiguous slices; one layer of zeros goes round the
+    ball.
     """
 
     def __init__(self, h: float) -> None:
@@ -229,7 +232,7 @@ def spacing(h: float, exact: Reference, full: bool) -> list[Check]:
         sizes = every if scheme == "rkl2" or h > 0.5 or full else ((20, 40) if scheme == "sdirk2" else (20,))
         for steps in sizes:
             ours.operator.count.iterations = 0
-            u, seconds = timed(lambda s=steps, name=scheme: ours.grow(s, name))
+            u, seconds = timed(partial(ours.grow, steps, scheme))
             integral, error = ours.errors(u)
             products = ours.operator.count.iterations
             text = f"integral {integral:+.3f} %, L2 {error:.2e}, {products} products, {seconds:.2f} s"
@@ -239,17 +242,23 @@ def spacing(h: float, exact: Reference, full: bool) -> list[Check]:
     steps = math.ceil(DAYS / days)
     best = [math.inf, math.inf]
     for _ in range(2 if h < 1 else 6):
-        u, seconds = timed(lambda: ours.grow(steps))
+        u, seconds = timed(partial(ours.grow, steps))
         v, theirs = timed(rival.grow)
         best = [min(best[0], seconds), min(best[1], theirs)]
     (integral, error), (their_integral, their_error) = ours.errors(u), rival.errors(v, exact)
-    text = f"integral {their_integral:+.3f} %, L2 {their_error:.2e}, {4 * rival.steps} products, {best[1]:.2f} s"
+    text = (
+        f"integral {their_integral:+.3f} %, L2 {their_error:.2e}, {4 * rival.steps} products, {best[1]:.2f} s"
+    )
     checks.append(Check(f"h = {h} mm, rival, {rival.steps} steps", text))
     halved = ours.errors(ours.grow(2 * steps))[0]
     name = f"h = {h} mm, default ({days:g} days, {best[0]:.2f} s)"
     moved = abs(integral - halved)
     if h == 2:  # too coarse for the bars, which are for 1 and 0.5 mm
-        return [*checks, Check(f"{name}: integral", integral, "%"), Check(f"{name}: halving moves it", moved, "%")]
+        return [
+            *checks,
+            Check(f"{name}: integral", integral, "%"),
+            Check(f"{name}: halving moves it", moved, "%"),
+        ]
     return [
         *checks,
         Check.at_most(f"{name}: error of the integral", abs(integral), 0.25, "%"),

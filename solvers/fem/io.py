@@ -23,7 +23,7 @@ from torch import Tensor
 
 from solvers.errors import GliodeError
 from solvers.fem.compat import geometry_dofmap
-from solvers.fem.mesh import Domain, original_cells
+from solvers.fem.mesh import Domain
 from solvers.files import read_arrays, write_arrays
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -112,7 +112,7 @@ def _gathered(comm: MPI.Comm, numbers: Array, values: Array) -> Array | None:
 def fingerprint(domain: Domain) -> str:
     """A hash of the mesh (points, cells, cell data) that does not depend on the number of ranks."""
     numbers = input_numbers(domain)
-    cells = original_cells(domain.mesh)
+    cells = domain.cell_numbers
     node_of = np.asarray(domain.mesh.geometry.input_global_indices)
     corners = node_of[geometry_dofmap(domain.mesh)[: domain.n_cells]]
     tables = [

@@ -1,6 +1,7 @@
 """The one loop that neither PETSc nor torch does well, in C; FFCx, and so DOLFINx, needs a C compiler anyway.
 
-It is compiled at first use, in a second, into the user's cache folder under a name that is a hash of the source.
+It is compiled at first use, in a second, into the user's cache folder under a name that is a hash of the
+source.
 """
 
 from __future__ import annotations
@@ -21,15 +22,15 @@ import numpy as np
 from solvers.errors import GliodeError
 
 SOURCE = Path(__file__).with_name("stage.c")
-FLAGS = ("-O3", "-shared", "-fPIC")
+FLAGS = ("-O2", "-shared", "-fPIC")
 FloatArray = np.ndarray[Any, np.dtype[np.float64]]
 
 
 class Stage:
     """Products with K(w) = G^T diag(w) G on n vertices, G the differences over pairs.
 
-    start: (n + 1,) the pairs whose first vertex is i are start[i] to start[i + 1]; second: (pairs,) their second vertex,
-    larger than the first.
+    start: (n + 1,) the pairs whose first vertex is i are start[i] to start[i + 1]; second: (pairs,) their
+    second vertex, larger than the first.
     """
 
     def __init__(self, start: Any, second: Any) -> None:
@@ -77,7 +78,9 @@ def _compiled() -> Any:
     """The C function. Raises GliodeError where it cannot be compiled."""
     compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if not compiler:
-        raise GliodeError("no C compiler found (cc, gcc, clang or $CC): DOLFINx needs one, and so does Gliode; install gcc")
+        raise GliodeError(
+            "no C compiler found (cc, gcc, clang or $CC): DOLFINx needs one, and so does Gliode; install gcc"
+        )
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gliode"
     text = SOURCE.read_bytes() + " ".join((compiler, *FLAGS, platform.platform())).encode()
     library = folder / f"stage-{hashlib.sha256(text).hexdigest()[:16]}.so"
@@ -92,9 +95,13 @@ def _compiled() -> Any:
         function = ctypes.CDLL(str(library)).stage
     except subprocess.SubprocessError as error:
         detail = getattr(error, "stderr", None) or error
-        raise GliodeError(f"{compiler} cannot compile {SOURCE.name}: {detail}; set $CC to a C compiler that works") from error
+        raise GliodeError(
+            f"{compiler} cannot compile {SOURCE.name}: {detail}; set $CC to a C compiler that works"
+        ) from error
     except OSError as error:
-        raise GliodeError(f"{library}: {error}; set $XDG_CACHE_HOME to a folder to write to and run from") from error
+        raise GliodeError(
+            f"{library}: {error}; set $XDG_CACHE_HOME to a folder to write to and run from"
+        ) from error
     size, pointer, real = ctypes.c_ssize_t, ctypes.c_void_p, ctypes.c_double
     function.argtypes = [size, *[pointer] * 5, real, *[pointer] * 5, real, real]
     function.restype = None

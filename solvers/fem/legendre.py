@@ -1,16 +1,19 @@
 r"""Diffusion by a Runge-Kutta-Legendre polynomial: products instead of linear solves, and its exact adjoint.
 
-For M u' = -K(w) u write L = M^-1 K(w). One step of RKL2 (Meyer, Balsara & Aslam 2014, J. Comput. Phys. 257, 594) is
+For M u' = -K(w) u write L = M^-1 K(w). One step of RKL2 (Meyer, Balsara & Aslam 2014, J. Comput. Phys. 257,
+594) is
 
-    u1 = (1 - b) u0 + b P_s(1 - theta L) u0,    theta = 4 dt / (s^2 + s - 2),    b = (s^2 + s - 2) / (2 s (s + 1)),
+    u1 = (1 - b) u0 + b P_s(1 - theta L) u0,   theta = 4 dt / (s^2 + s - 2),  b = (s^2 + s - 2) / (2s (s+1)),
 
-P_s the Legendre polynomial of degree s: order 2, stable for dt |L| <= (s^2 + s - 2)/2, so a step twice as long needs
-only 1.4 times the stages. On voxels it all but keeps the bounds: the response to a unit load undershoots by at most
-6 % of its largest value at any step (SDIRK2: by 100 times it). What should vanish within a step, modes of
-dt (mode's rate) > 2, is halved only, so steps are to resolve the widths that matter: dt D < width^2.
+P_s the Legendre polynomial of degree s: order 2, stable for dt |L| <= (s^2 + s - 2)/2, so a step twice as
+long needs only 1.4 times the stages. On voxels it all but keeps the bounds: the response to a unit load
+undershoots by at most 6 % of its largest value at any step (SDIRK2: by 100 times it). What should vanish
+within a step, modes of dt (mode's rate) > 2, is halved only, so steps are to resolve the widths that matter:
+dt D < width^2.
 
-The polynomial of a symmetric operator is its own adjoint, so a gradient costs the same products once more, and it is
-exact to rounding: there is no solver tolerance. With y_j = P_j(1 - theta L) u0 and a_j the transposed recurrence,
+The polynomial of a symmetric operator is its own adjoint, so a gradient costs the same products once more,
+and it is exact to rounding: there is no solver tolerance. With y_j = P_j(1 - theta L) u0 and a_j the
+transposed recurrence,
 
     dJ/dw = -theta sum_j alpha_j (G a_j) (G y_{j-1}).
 """
@@ -38,7 +41,8 @@ MOST_STAGES = 2001
 
 @dataclass(frozen=True)
 class _Polynomial:
-    """s stages of y_j = alpha_j B y_{j-1} - beta_j y_{j-2}, B = 1 - theta L, and of the transposed recurrence.
+    """s stages of y_j = alpha_j B y_{j-1} - beta_j y_{j-2}, B = 1 - theta L, and of the transposed
+    recurrence.
 
     Both run scaled, y_j = scale_j z_j with z_j = z_{j-2} + factor_j B z_{j-1}: one pass over memory a stage.
     """
@@ -78,8 +82,9 @@ class LegendreFlow:
         domain, pairs = operator.domain, operator.conductances
         counts = np.bincount(pairs.first.numpy(), minlength=len(domain.points))
         self._stage = Stage(np.concatenate([[0], np.cumsum(counts)]), pairs.second.numpy())
-        self._product, self._owned = np.empty(len(domain.points)), np.empty(domain.n_owned)
-        self._inverse_mass = 1.0 / domain.mass
+        self._product = np.empty(len(domain.points))
+        self._inverse_mass = domain.ghosts.extend(1.0 / domain.mass)  # of owned dofs and ghosts
+        self._owned = slice(0, domain.n_owned)
         self._bounds: list[tuple[Tensor, int, float]] = []
 
     def __call__(self, u: Tensor, w: Tensor, dt: Tensor) -> Tensor:
@@ -95,9 +100,9 @@ class LegendreFlow:
         p = self.polynomial(w, float(dt.detach()))
         theta = dt * (4.0 / (p.s * p.s + p.s - 2))
         before, y = torch.zeros_like(u), u
-        for alpha, beta in zip(p.alpha.tolist(), p.beta.tolist(), strict=True):
-            rate = self._inverse_mass * self.operator.stiffness(w, y)
-            before, y = y, alpha * (y - theta * rate) - beta * before
+        for alpha, beta in zip(p.alpha, p.beta, strict=True):
+            rate = self._inverse_mass[self._owned] * self.operator.stiffness(w, y)
+            before, y = y, float(alpha) * (y - theta * rate) - float(beta) * before
         return (1.0 - p.b) * u + p.b * y
 
     def polynomial(self, w: Tensor, dt: float) -> _Polynomial:
@@ -112,7 +117,8 @@ class LegendreFlow:
         if s > MOST_STAGES:
             raise GliodeError(
                 f"diffusion: a step of {dt:g} days needs {s} stages on this mesh (the fastest mode decays at"
-                f" {bound:.3g}/day); remove slivers from the mesh, shorten the step, or choose the scheme sdirk2"
+                f" {bound:.3g}/day); remove slivers from the mesh, shorten the step, or choose the scheme"
+                " sdirk2"
             )
         return _polynomial(s)
 
@@ -122,17 +128,18 @@ class LegendreFlow:
         for kept, version, bound in self._bounds:
             if kept.data_ptr() == w.data_ptr() and kept.shape == w.shape and version == w._version:
                 return bound
-        operator, comm = self.operator, self.operator.domain.comm
-        if operator.conductances.vertex_rule and bool((w < 0).any()):
+        pairs, domain = self.operator.conductances, self.operator.domain
+        if domain.comm.allreduce(pairs.vertex_rule and bool((w < 0).any()), op=MPI.LOR):
             raise GliodeError("diffusion: D is negative somewhere")
         both, sums = w + w.abs(), torch.zeros(len(self._product), dtype=torch.float64)
-        sums.index_add_(0, operator.conductances.first, both).index_add_(0, operator.conductances.second, both)
-        rows = operator.domain.ghosts.gather(sums) * self._inverse_mass
-        bound = comm.allreduce(float(rows.max()) if len(rows) else 0.0, op=MPI.MAX)
-        if not math.isfinite(bound):
+        sums.index_add_(0, pairs.first, both).index_add_(0, pairs.second, both)
+        rows = domain.ghosts.gather(sums) * self._inverse_mass[self._owned]
+        most = float(rows.max()) if len(rows) else 0.0
+        largest: float = domain.comm.allreduce(most if math.isfinite(most) else math.inf, op=MPI.MAX)
+        if not math.isfinite(largest):
             raise GliodeError("diffusion: D is not finite")
-        self._bounds = [(w, w._version, bound), *self._bounds[:2]]
-        return bound
+        self._bounds = [(w, w._version, largest), *self._bounds[:2]]
+        return largest
 
     def _advance(
         self,
@@ -144,33 +151,30 @@ class LegendreFlow:
         t: float,
         products: tuple[float, FloatArray, FloatArray] | None = None,
     ) -> None:
-        """z = base + f a - t L(w) a, base None for 0; products: see `Stage`, with owned values in y."""
-        ghosts, inverse_mass = self.operator.domain.ghosts, self._inverse_mass.numpy()
-        if not ghosts.parallel:
-            self._stage(w.numpy(), a, self._product, products, (inverse_mass, base, z, f, t))
-            return
-        if products is not None:
-            c, y, g = products
-            products = c, self._extend(y), g
-        self._stage(w.numpy(), self._extend(a), self._product, products)
-        np.multiply(ghosts.gather(torch.from_numpy(self._product)).numpy(), -t * inverse_mass, out=self._owned)
-        np.add(self._owned, f * a, out=self._owned)
-        np.add(self._owned, 0.0 if base is None else base, out=z)
+        """z = base + f a - t L(w) a, base None for 0, arrays local; products: see `Stage`.
 
-    def _extend(self, a: FloatArray) -> FloatArray:
-        return self.operator.domain.ghosts.extend(torch.from_numpy(a)).numpy()
+        Sets the ghosts of a; those of z and base are of no use.
+        """
+        ghosts, inverse_mass = self.operator.domain.ghosts, self._inverse_mass.numpy()
+        if ghosts.parallel:
+            ghosts.fill(a)
+        self._stage(w.numpy(), a, self._product, products, (inverse_mass, base, z, f, t))
+        if ghosts.parallel:
+            for place, more in ghosts.send_back(self._product):
+                z[place] -= t * inverse_mass[place] * more
 
     def _forward(self, u: Tensor, w: Tensor, dt: float, keep: bool) -> tuple[Tensor, FloatArray | None]:
         """The step, and the stages z_0 ... z_{s-1} if they are to be kept."""
         p = self.polynomial(w, dt)
         theta = 4.0 * dt / (p.s * p.s + p.s - 2)
-        z = np.empty((p.s + 1 if keep else 2, len(u)))
-        z[0] = u.numpy()
-        for j, f in enumerate(p.factor.tolist(), start=1):
+        z = np.empty((p.s + 1 if keep else 2, len(self._product)))
+        z[0, self._owned] = u.numpy()
+        for j, f in enumerate(map(float, p.factor), start=1):
             base = z[(j - 2) % len(z)] if j > 1 else None
             self._advance(w, z[(j - 1) % len(z)], base, z[j % len(z)], f, f * theta)
         self._count(p.s)
-        out = torch.add((1.0 - p.b) * u, torch.from_numpy(z[p.s % len(z)]), alpha=p.b * float(p.scale[-1]))
+        last = torch.from_numpy(z[p.s % len(z), self._owned])
+        out = torch.add((1.0 - p.b) * u, last, alpha=p.b * float(p.scale[-1]))
         return out, z[:-1] if keep else None
 
     def _adjoint(
@@ -179,40 +183,45 @@ class LegendreFlow:
         """The derivatives by u and, given the stages, by w."""
         p = self.polynomial(w, dt)
         theta = 4.0 * dt / (p.s * p.s + p.s - 2)
-        z = np.empty((2, len(g)))
-        np.multiply(self._inverse_mass.numpy(), p.b * g.numpy(), out=z[0])
+        z = np.empty((2, len(self._product)))
+        np.multiply(self._inverse_mass[self._owned].numpy(), p.b * g.numpy(), out=z[0, self._owned])
         total = None if stages is None else np.zeros(len(w))
         products = None
-        for j, f in enumerate(p.adjoint_factor.tolist(), start=1):
+        for j, f in enumerate(map(float, p.adjoint_factor), start=1):
             if stages is not None and total is not None:
                 k = p.s - j
                 weight = -theta * p.alpha[k] * p.adjoint_scale[j - 1] * p.scale[k]
                 products = float(weight), stages[k], total
             self._advance(w, z[(j - 1) % 2], z[j % 2] if j > 1 else None, z[j % 2], f, f * theta, products)
         self._count(p.s)
-        grad = self.operator.domain.mass * torch.from_numpy(z[p.s % 2])
+        grad = self.operator.domain.mass * torch.from_numpy(z[p.s % 2, self._owned])
         grad.mul_(float(p.adjoint_scale[-1])).add_(g, alpha=1.0 - p.b)
         return grad, None if total is None else torch.from_numpy(total)
 
-    def _tangent(self, w: Tensor, dt: float, stages: FloatArray, tangents: tuple[Tensor | None, ...]) -> Tensor:
+    def _tangent(
+        self, w: Tensor, dt: float, stages: FloatArray, tangents: tuple[Tensor | None, ...]
+    ) -> Tensor:
         """The derivative along (du, dw, ddt)."""
         p = self.polynomial(w, dt)
         theta = 4.0 * dt / (p.s * p.s + p.s - 2)
         du, dw, ddt = tangents
         # theta L(w) changes by theta L(dw + w ddt / dt).
         growth = 0.0 if ddt is None else float(ddt) / dt
-        change = None if dw is None and ddt is None else growth * w if dw is None else torch.add(dw, w, alpha=growth)
-        z = np.zeros((2, len(self._inverse_mass)))
+        change = None if ddt is None else growth * w
+        if dw is not None:
+            change = dw if change is None else dw + change
+        z = np.zeros((2, len(self._product)))
         if du is not None:
-            z[0] = du.numpy()
-        start = torch.from_numpy(z[0].copy())
-        for j, f in enumerate(p.factor.tolist(), start=1):
+            z[0, self._owned] = du.numpy()
+        start = torch.from_numpy(z[0, self._owned].copy())
+        for j, f in enumerate(map(float, p.factor), start=1):
             base, target = z[j % 2] if j > 1 else None, z[j % 2]
             self._advance(w, z[(j - 1) % 2], base, target, f, f * theta)
             if change is not None:
                 self._advance(change, stages[j - 1], target, target, 0.0, f * theta)
         self._count(p.s)
-        return torch.add((1.0 - p.b) * start, torch.from_numpy(z[p.s % 2]), alpha=p.b * float(p.scale[-1]))
+        last = torch.from_numpy(z[p.s % 2, self._owned])
+        return torch.add((1.0 - p.b) * start, last, alpha=p.b * float(p.scale[-1]))
 
     def _count(self, stages: int) -> None:
         self.operator.count.solves += 1

@@ -20,6 +20,7 @@ from mpi4py import MPI
 from torch import Tensor
 
 from solvers.errors import GliodeError
+from solvers.fem.bricks import CORNERS, Bricks, bricks
 from solvers.fem.compat import cell_partitioner, geometry_dofmap
 from solvers.fem.ghosts import Ghosts
 
@@ -31,12 +32,14 @@ class Grid:
     """The voxel grid a brick mesh was cut from.
 
     shape: voxels per axis; affine: 4 x 4, voxel index to RAS mm (voxel centres at whole indices);
-    cell_voxel: (local cells, 3) voxel of each cell; dof_corner: (local dofs, 3) grid corner of each dof,
-    corner (i, j, k) sitting at voxel coordinates (i - 1/2, j - 1/2, k - 1/2).
+    cell_number: (local cells,) place of each cell in the list of the mask's voxels; cell_voxel: (local cells,
+    3) voxel of each cell; dof_corner: (local dofs, 3) grid corner of each dof, corner (i, j, k) sitting at
+    voxel coordinates (i - 1/2, j - 1/2, k - 1/2).
     """
 
     shape: tuple[int, int, int]
     affine: FloatArray
+    cell_number: np.ndarray[Any, np.dtype[np.int64]]
     cell_voxel: np.ndarray[Any, np.dtype[np.int64]]
     dof_corner: np.ndarray[Any, np.dtype[np.int64]]
 
@@ -99,6 +102,11 @@ class Domain:
     def points(self) -> FloatArray:
         """(local dofs, 3) coordinates in mm, ghosts last."""
         return np.asarray(self.V.tabulate_dof_coordinates())
+
+    @cached_property
+    def cell_numbers(self) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """The number in the mesh's input of each local cell, (local cells,): no partition changes it."""
+        return original_cells(self.mesh) if self.grid is None else self.grid.cell_number
 
     @cached_property
     def ghosts(self) -> Ghosts:
@@ -229,26 +237,21 @@ def _share(comm: MPI.Comm, n: int) -> slice:
     return slice(int(bounds[comm.rank]), int(bounds[comm.rank + 1]))
 
 
-def _create(
-    comm: MPI.Comm, cells: np.ndarray[Any, Any], points: FloatArray, cell: str, cell_data: Mapping[str, Any]
-) -> Domain:
-    """A Domain from cells and points that every rank knows; the mesh is distributed, the data follow."""
-    gdim = points.shape[1]
-    element = basix.ufl.element("Lagrange", cell, 1, shape=(gdim,))
-    mesh = dolfinx.mesh.create_mesh(
+def _create(comm: MPI.Comm, cells: np.ndarray[Any, Any], points: FloatArray, cell: str) -> dolfinx.mesh.Mesh:
+    """A distributed mesh of cells and points that every rank knows."""
+    return dolfinx.mesh.create_mesh(
         comm,
         cells=np.ascontiguousarray(cells[_share(comm, len(cells))], dtype=np.int64),
-        e=element,
+        e=basix.ufl.element("Lagrange", cell, 1, shape=(points.shape[1],)),
         x=np.ascontiguousarray(points[_share(comm, len(points))], dtype=np.float64),
         partitioner=cell_partitioner(dolfinx.mesh.GhostMode.none),
     )
-    V = dolfinx.fem.functionspace(mesh, ("Lagrange", 1))
-    original = original_cells(mesh)
-    data = {
-        name: torch.from_numpy(np.ascontiguousarray(np.asarray(values)[original], dtype=np.float64))
-        for name, values in cell_data.items()
-    }
-    return Domain(mesh, V, data)
+
+
+def _local(values: Mapping[str, Any], cells: np.ndarray[Any, Any]) -> dict[str, Tensor]:
+    """Each array's rows for these cells, as float64."""
+    chosen = {name: np.asarray(array)[cells] for name, array in values.items()}
+    return {name: torch.from_numpy(np.array(array, dtype=np.float64)) for name, array in chosen.items()}
 
 
 def original_cells(mesh: dolfinx.mesh.Mesh) -> np.ndarray[Any, np.dtype[np.int64]]:
@@ -277,27 +280,32 @@ def voxels(
         raise GliodeError(
             "affine: the voxel axes are not perpendicular; resample the image to a grid without shear"
         )
-    corners = tuple(n + 1 for n in mask.shape)
     voxel = np.argwhere(mask)
-    strides = np.array([corners[1] * corners[2], corners[2], 1])
-    offsets = np.array([[i, j, k] for k in (0, 1) for j in (0, 1) for i in (0, 1)])
-    cells = (voxel @ strides)[:, None] + offsets @ strides
-    used = np.zeros(int(np.prod(corners)), dtype=bool)
+    made = bricks(comm, voxel, mask.shape, affine) or _general_bricks(comm, voxel, mask.shape, affine)
+    V = dolfinx.fem.functionspace(made.mesh, ("Lagrange", 1))
+    cells, dofs = voxel[made.cells], V.dofmap.index_map
+    corner = np.empty((dofs.size_local + dofs.num_ghosts, 3), dtype=np.int64)
+    for vertex, offset in enumerate(CORNERS):
+        corner[V.dofmap.list[: len(cells), vertex]] = cells + offset
+    grid = Grid((mask.shape[0], mask.shape[1], mask.shape[2]), affine, made.cells, cells, corner)
+    data = {name: np.asarray(values)[mask] for name, values in (cell_data or {}).items()}
+    return Domain(made.mesh, V, _local(data, made.cells), grid)
+
+
+def _general_bricks(
+    comm: MPI.Comm, voxel: np.ndarray[Any, Any], shape: tuple[int, ...], affine: FloatArray
+) -> Bricks:
+    """What `bricks` makes, by DOLFINx's general way."""
+    sides = tuple(n + 1 for n in shape)
+    strides = np.array([sides[1] * sides[2], sides[2], 1])
+    cells = (voxel @ strides)[:, None] + CORNERS @ strides
+    used = np.zeros(int(np.prod(sides)), dtype=bool)
     used[cells] = True
     number = np.cumsum(used) - 1
-    corner = np.stack(np.unravel_index(np.flatnonzero(used), corners), axis=1)
+    corner = np.stack(np.unravel_index(np.flatnonzero(used), sides), axis=1)
     points = (corner - 0.5) @ affine[:3, :3].T + affine[:3, 3]
-    data = {name: np.asarray(values)[mask] for name, values in (cell_data or {}).items()}
-    domain = _create(comm, number[cells], points, "hexahedron", data)
-    local = np.linalg.inv(affine)
-    at = domain.points @ local[:3, :3].T + local[:3, 3] + 0.5
-    grid = Grid(
-        (mask.shape[0], mask.shape[1], mask.shape[2]),
-        affine,
-        voxel[original_cells(domain.mesh)],
-        np.rint(at).astype(np.int64),
-    )
-    return Domain(domain.mesh, domain.V, domain.cell_data, grid)
+    mesh = _create(comm, number[cells], points, "hexahedron")
+    return Bricks(mesh, original_cells(mesh))
 
 
 def box(
@@ -381,7 +389,8 @@ def read(path: str | Path, comm: MPI.Comm = MPI.COMM_WORLD) -> Domain:
         if values.ndim == 1 and np.issubdtype(values.dtype, np.number):
             data[name] = values
     gdim = 3 if kind in ("tetra", "hexahedron") else _flat_dimension(path, mesh.points[used])
-    return _create(comm, number[cells], mesh.points[used][:, :gdim], _MESHIO_CELLS[kind], data)
+    made = from_mesh(_create(comm, number[cells], mesh.points[used][:, :gdim], _MESHIO_CELLS[kind]))
+    return Domain(made.mesh, made.V, _local(data, made.cell_numbers))
 
 
 def _flat_dimension(path: Path, points: FloatArray) -> int:

@@ -13,6 +13,7 @@ guaranteed.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from petsc4py import PETSc
 from torch import Tensor
 
 from solvers.errors import GliodeError
+from solvers.fem.bricks import brick_pairs
 from solvers.fem.mesh import Domain, _rule, jacobians, tabulate
 
 
@@ -45,15 +47,14 @@ class Conductances:
         self.vertex_rule = domain.grid is not None and not tensor
         cell = domain.mesh.topology.cell_name()
         table, pairs = _pair_table(domain, cell, self.vertex_rule, tensor)
-        dofs = domain.cell_dofs.astype(np.int64)
-        i, j = dofs[:, pairs[:, 0]].ravel(), dofs[:, pairs[:, 1]].ravel()
-        key = np.minimum(i, j) * len(domain.points) + np.maximum(i, j)
-        unique, inverse = _unique(key)
-        self.first = torch.from_numpy(unique // len(domain.points))
-        self.second = torch.from_numpy(unique % len(domain.points))
-        self._edge = torch.from_numpy(inverse)
+        if domain.grid is not None and self.vertex_rule:
+            first, second, edge = brick_pairs(domain.grid.cell_voxel, domain.cell_dofs, pairs)
+        else:
+            first, second, edge = _general_pairs(domain, pairs)
+        self.first, self.second = torch.from_numpy(first), torch.from_numpy(second)
+        self._edge = torch.from_numpy(edge.ravel())
         self._table = torch.from_numpy(np.ascontiguousarray(table))
-        self.n_edges = len(unique)
+        self.n_edges = len(first)
         self._cells = domain.n_cells
 
     def __call__(self, D: Tensor) -> Tensor:
@@ -67,6 +68,14 @@ class Conductances:
             (self._table * D.unsqueeze(1)).flatten(2).sum(2) if self.tensor else self._table * D[:, None]
         )
         return torch.zeros(self.n_edges, dtype=D.dtype).index_add(0, self._edge, per_cell.reshape(-1))
+
+
+def _general_pairs(domain: Domain, pairs: Any) -> tuple[Any, Any, Any]:
+    """What `brick_pairs` gives, on any mesh."""
+    dofs, n = domain.cell_dofs.astype(np.int64), len(domain.points)
+    i, j = dofs[:, pairs[:, 0]].ravel(), dofs[:, pairs[:, 1]].ravel()
+    unique, inverse = _unique(np.minimum(i, j) * n + np.maximum(i, j))
+    return unique // n, unique % n, inverse
 
 
 def _unique(key: np.ndarray[Any, np.dtype[np.int64]]) -> tuple[Any, Any]:
@@ -129,15 +138,6 @@ class DiffusionOperator:
         self.count = SolveCount()
         self._i, self._j = self.conductances.first, self.conductances.second
         self._kept: list[tuple[Tensor, float, Any]] = []
-        # The rank's contributions as compressed rows over its local dofs; PETSc adds those of shared rows.
-        n = len(domain.points)
-        i, j = self._i.numpy(), self._j.numpy()
-        rows, columns = np.concatenate([np.arange(n), i, j]), np.concatenate([np.arange(n), j, i])
-        self._order = torch.from_numpy(np.argsort(rows * n + columns, kind="stable"))
-        ids = domain.V.dofmap.index_map.local_to_global(np.arange(n, dtype=np.int32)).astype(PETSc.IntType)
-        pointers = np.zeros(n + 1, dtype=PETSc.IntType)
-        np.cumsum(np.bincount(rows, minlength=n), out=pointers[1:])
-        self._rows = (pointers, ids[columns[self._order.numpy()]], ids)
         self._mass_local = torch.zeros(len(domain.points), dtype=torch.float64)
         self._mass_local[: domain.n_owned] = domain.mass
 
@@ -193,12 +193,27 @@ class DiffusionOperator:
         self._kept.insert(0, (w.clone(), tau, solver))
         return solver  # type: ignore[no-any-return]
 
+    @cached_property
+    def _rows(self) -> tuple[Any, Any, Any, Tensor]:
+        """The rank's contributions as compressed rows over its local dofs, which PETSc adds up where shared.
+
+        Pointers, global columns, global rows, and the order of (diagonal, i to j, j to i) in it.
+        """
+        n, index_map = len(self.domain.points), self.domain.V.dofmap.index_map
+        i, j = self._i.numpy(), self._j.numpy()
+        rows, columns = np.concatenate([np.arange(n), i, j]), np.concatenate([np.arange(n), j, i])
+        order = np.argsort(rows * n + columns, kind="stable")
+        ids = index_map.local_to_global(np.arange(n, dtype=np.int32)).astype(PETSc.IntType)
+        pointers = np.zeros(n + 1, dtype=PETSc.IntType)
+        np.cumsum(np.bincount(rows, minlength=n), out=pointers[1:])
+        return pointers, ids[columns[order]], ids, torch.from_numpy(order)
+
     def fill(self, matrix: Any, diagonal: Tensor, forth: Tensor, back: Tensor) -> None:
         """Set the entries (i, i), (i, j) and (j, i) of the rank's pairs (i, j); those of shared rows are
         added up.
         """
-        pointers, columns, rows = self._rows
-        values = torch.cat([diagonal, forth, back])[self._order].numpy()
+        pointers, columns, rows, order = self._rows
+        values = torch.cat([diagonal, forth, back])[order].numpy()
         matrix.zeroEntries()
         matrix.setValuesIJV(pointers, columns, values, PETSc.InsertMode.ADD_VALUES, rows)
         matrix.assemble()

@@ -127,7 +127,9 @@ def test_lumped_mass_and_integral(make: Callable[[], Domain]) -> None:
     rows = fem.assemble_vector(fem.form(one * v * ufl.dx(metadata={"quadrature_degree": 4}))).array
     np.testing.assert_allclose(domain.mass, rows, rtol=1e-12)
     x = ufl.SpatialCoordinate(domain.mesh)
-    exact = fem.assemble_scalar(fem.form((2 * x[0] - x[1] + 3 * x[2]) * ufl.dx(metadata={"quadrature_degree": 4})))
+    exact = fem.assemble_scalar(
+        fem.form((2 * x[0] - x[1] + 3 * x[2]) * ufl.dx(metadata={"quadrature_degree": 4}))
+    )
     linear = domain.interpolate(lambda x: x @ np.array([2.0, -1.0, 3.0]))
     assert domain.integral(linear) == pytest.approx(exact, rel=1e-12)
     assert float(domain.cell_volumes.sum()) == pytest.approx(float(domain.mass.sum()), rel=1e-12)
@@ -195,7 +197,9 @@ def test_points_past_the_edge_take_the_nearest_value_within_reach() -> None:
     u = domain.interpolate(lambda x: x[:, 0])
     outside = np.array([[2.4, 1.0, 0.5], [-0.3, 0.2, 1.9]])
     np.testing.assert_allclose(Sampling(domain, outside, reach=0.5)(u), [2.0, 0.0], atol=1e-15)
-    with pytest.raises(GliodeError, match=r"1 lie outside the mesh \(more than 0.35 mm\), the first at \[2.4, 1.0"):
+    with pytest.raises(
+        GliodeError, match=r"1 lie outside the mesh \(more than 0.35 mm\), the first at \[2.4, 1.0"
+    ):
         Sampling(domain, outside, reach=0.35)
     with pytest.raises(GliodeError, match="lie outside the mesh"):
         Sampling(tetrahedra(), np.array([[2.5, 0.5, 0.5]]))
@@ -228,7 +232,7 @@ def test_bad_voxels_are_refused() -> None:
         operator.conductances(torch.ones(3, dtype=torch.float64))
 
 
-# ---- Files --------------------------------------------------------------------------------------------------
+# ---- Files ------------------------------------------------------------------------------------------------
 
 
 def write_brick(path: Path, cells: str, **kwargs: Any) -> Any:
@@ -254,7 +258,9 @@ def write_brick(path: Path, cells: str, **kwargs: Any) -> Any:
 @pytest.mark.parametrize("suffix", [".vtu", ".msh", ".xdmf"])
 def test_meshes_are_read_with_their_labels(cells: str, suffix: str, tmp_path: Path) -> None:
     path = tmp_path / f"brick{suffix}"
-    points = write_brick(path, cells, **({"file_format": "gmsh22", "binary": False} if suffix == ".msh" else {}))
+    points = write_brick(
+        path, cells, **({"file_format": "gmsh22", "binary": False} if suffix == ".msh" else {})
+    )
     domain = read(path, SELF)
     found = domain.points.round(9) + 0.0
     np.testing.assert_array_equal(found[np.lexsort(found.T)], points[np.lexsort(points.T)])

@@ -32,7 +32,7 @@ def ellipsoid(domain: Domain) -> torch.Tensor:
 
 
 def test_a_density_scan_shows_voxel_means() -> None:
-    """Of a linear density exactly, whether the scan's voxels are finer or coarser than the mesh's, or shifted."""
+    """Of a linear density exactly: scan voxels finer or coarser than the mesh's, or shifted."""
     domain = box((12.0, 12.0, 12.0), (6, 6, 6), SELF)
     slope = np.array([0.03, 0.02, -0.01])
     u = domain.interpolate(lambda x: 0.2 + x @ slope)
@@ -104,7 +104,7 @@ def test_derivatives() -> None:
 
 
 def test_noise_has_its_level_and_is_seeded() -> None:
-    image = np.linspace(0.0, 0.8, 40_000)
+    image: np.ndarray = np.linspace(0.0, 0.8, 40_000)
     for modality, sd in ((Modality("density", noise=0.05), 0.04), (Modality("oedema", noise=0.1), 0.1)):
         assert noise_sd(image, modality) == pytest.approx(sd)
         noise = add_noise(image, modality, np.random.default_rng(1)) - image

@@ -85,7 +85,9 @@ def test_the_seed_on_a_turned_grid() -> None:
 
 
 def test_a_seed_too_narrow_for_the_grid_is_refused() -> None:
-    with pytest.raises(GliodeError, match=r"seed.width: 0.8 mm is too narrow for a spacing of 3 mm; use more than 0.87"):
+    with pytest.raises(
+        GliodeError, match=r"seed.width: 0.8 mm is too narrow for a spacing of 3 mm; use more than 0.87"
+    ):
         TumourModel(head(), seed=Seed(0.5, 0.8)).seed_state(torch.zeros(3, dtype=torch.float64))
     for bad in ({"amplitude": 0.0}, {"amplitude": 1.1}, {"width": -1.0}):
         with pytest.raises(GliodeError, match=r"seed\.(amplitude|width): "):
@@ -177,7 +179,10 @@ def test_a_mesh_that_is_no_voxel_grid() -> None:
     """Tetrahedra take nodal seeds and the full quadrature, and end near the voxels' result."""
     mesh = dolfinx.mesh.create_box(SELF, [[-12.0] * 3, [12.0] * 3], [12] * 3)
     tetrahedra = from_mesh(mesh)
-    cell = {"white": torch.ones(tetrahedra.n_cells).double(), "grey": torch.zeros(tetrahedra.n_cells).double()}
+    cell = {
+        "white": torch.ones(tetrahedra.n_cells).double(),
+        "grey": torch.zeros(tetrahedra.n_cells).double(),
+    }
     u = TumourModel(Domain(mesh, tetrahedra.V, cell)).states(point())[0]
     ones = np.ones((12, 12, 12))
     affine = np.diag([2.0, 2.0, 2.0, 1.0])
@@ -207,11 +212,17 @@ def test_treatments_act_at_their_dates() -> None:
     """Exponential growth commutes with everything, so the final mass tells which treatments were given."""
     domain = head()
     plain = domain.integral(TumourModel(domain, exponential()).states(point(), visits=(0.0, 30.0))[1])
-    therapy = [*course(-20.0, 3), Radiotherapy(30.0), Radiotherapy(31.0), Radiotherapy(-80.0), Radiotherapy(0.0)]
+    therapy = [
+        *course(-20.0, 3),
+        Radiotherapy(30.0),
+        Radiotherapy(31.0),
+        Radiotherapy(-80.0),
+        Radiotherapy(0.0),
+    ]
     model = TumourModel(domain, exponential(), therapy=therapy)
     first, second = (domain.integral(u) for u in model.states(point(), visits=(0.0, 30.0)))
     survival = math.exp(-(0.035 * 2 + 0.0035 * 4))
-    # Given: three of the course, that of day 0 (before the first scan is read) and of day 30; not days 31 and -80.
+    # Given: three of the course, day 0 (seen by the first scan) and day 30; not days 31 and -80.
     assert second / plain == pytest.approx(survival**5, rel=1e-10)
     assert first * math.exp(0.03 * 30) == pytest.approx(plain * survival**4, rel=1e-10)
 
@@ -246,7 +257,9 @@ THERAPY = [Radiotherapy(-13.0), Radiotherapy(8.0)]
 def test_gradient_and_tangent_against_differences(name: str, scheme: Scheme) -> None:
     model = TumourModel(head(), step=8.0, scheme=scheme, rtol=1e-13, therapy=THERAPY)
     at = leaves(point())
-    gradients = dict(zip(PARAMETERS, torch.autograd.grad(observed(model, at), list(at.values())), strict=True))
+    gradients = dict(
+        zip(PARAMETERS, torch.autograd.grad(observed(model, at), list(at.values())), strict=True)
+    )
     h = 1e-4 * max(1.0, VALUES[name])
 
     def moved(step: float) -> float:
