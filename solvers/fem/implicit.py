@@ -366,8 +366,8 @@ class ImplicitStep:
         self._lagrangian = _Functional(form, variables, frozen)
         self._names = ["u0", *(getattr(f, "name", str(f)) for f in parameters)]
         self._bcs = list(bcs)
-        fixed = [bc.dof_indices() for bc in bcs]
-        self._fixed = np.unique(np.concatenate([dofs[:owned] for dofs, owned in fixed])) if fixed else []
+        fixed = [dofs[:owned] for dofs, owned in (bc.dof_indices() for bc in bcs)]
+        self._fixed: np.ndarray[Any, Any] = np.unique(np.concatenate([np.zeros(0, np.int32), *fixed]))
         self._comm: MPI.Comm = space.mesh.comm
 
         F = _derivative(form, variables[0].symbol, ufl.TestFunction(space))

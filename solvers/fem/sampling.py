@@ -104,7 +104,8 @@ def _on_mesh(domain: Domain, points: FloatArray, reach: float) -> tuple[Any, Any
     name = mesh.topology.cell_name()
     nodes_of = geometry_dofmap(mesh)
     weights = np.empty((len(rows), domain.cell_dofs.shape[1]))
-    for k, (cell, point) in enumerate(zip(cells, points[rows], strict=True)):
+    for k, cell in enumerate(cells):
+        point = points[rows[k]]
         nodes = mesh.geometry.x[nodes_of[cell]]
         reference = mesh.geometry.cmap.pull_back(
             point[None, : mesh.geometry.dim], nodes[:, : mesh.geometry.dim]
