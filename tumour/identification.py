@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 import torch
 from scipy import ndimage
-from scipy.cluster.vq import kmeans2
+from scipy.cluster import vq
 from scipy.special import ndtri
 from torch import Tensor
 
@@ -283,7 +283,7 @@ class Identifier:
         points = voxels @ self.anatomy.affine[:3, :3].T + self.anatomy.affine[:3, 3]
         seeds = [points.mean(0)]
         if self.settings.starts > 1 and len(points) >= 4 * self.settings.starts:
-            more, _ = kmeans2(points, self.settings.starts, rng=0, minit="++")
+            more, _ = vq.kmeans2(points, self.settings.starts, rng=0, minit="++")
             seeds += [s for s in more if np.linalg.norm(s - seeds[0]) > 5.0]
         return np.array(seeds[: self.settings.starts])
 
