@@ -175,7 +175,7 @@ class DiffusionOperator:
         """The solver of M + tau K(w), refilled only for new values."""
         w = w.detach()
         for place, (kept, kept_tau, solver) in enumerate(self._kept):
-            if kept_tau == tau and (kept.data_ptr() == w.data_ptr() or torch.equal(kept, w)):
+            if kept_tau == tau and torch.equal(kept, w):
                 if place:
                     self._kept.insert(0, self._kept.pop(place))
                 return solver  # type: ignore[no-any-return]
@@ -187,9 +187,13 @@ class DiffusionOperator:
             raise GliodeError("diffusion: D or the time step is not finite")
         ksp = solver[0]
         matrix = ksp.getOperators()[0]
-        self.fill(matrix, diagonal, -scaled, -scaled)
+        pointers, columns, rows, order = self._rows
+        values = torch.cat([diagonal, -scaled, -scaled])[order].numpy()
+        matrix.zeroEntries()
+        matrix.setValuesIJV(pointers, columns, values, PETSc.InsertMode.ADD_VALUES, rows)
+        matrix.assemble()
         ksp.setOperators(matrix)
-        # A copy under a new address: the caller may change its tensor in place.
+        # A copy: the caller may change its tensor in place.
         self._kept.insert(0, (w.clone(), tau, solver))
         return solver  # type: ignore[no-any-return]
 
@@ -208,18 +212,7 @@ class DiffusionOperator:
         np.cumsum(np.bincount(rows, minlength=n), out=pointers[1:])
         return pointers, ids[columns[order]], ids, torch.from_numpy(order)
 
-    def fill(self, matrix: Any, diagonal: Tensor, forth: Tensor, back: Tensor) -> None:
-        """Set the entries (i, i), (i, j) and (j, i) of the rank's pairs (i, j); those of shared rows are
-        added up.
-        """
-        pointers, columns, rows, order = self._rows
-        values = torch.cat([diagonal, forth, back])[order].numpy()
-        matrix.zeroEntries()
-        matrix.setValuesIJV(pointers, columns, values, PETSc.InsertMode.ADD_VALUES, rows)
-        matrix.assemble()
-
-    def new_matrix(self) -> Any:
-        """An empty PETSc matrix with room for `fill`."""
+    def _new_solver(self) -> tuple[Any, Any, Any]:
         comm = self.domain.comm
         matrix = PETSc.Mat().create(comm)
         sizes = (self.domain.n_owned, self.domain.n_global)
@@ -227,12 +220,8 @@ class DiffusionOperator:
         matrix.setType(PETSc.Mat.Type.AIJ)
         widest = PETSc.IntType(np.diff(self._rows[0]).max(initial=1))
         matrix.setPreallocationNNZ((widest, widest if comm.size > 1 else 0))
-        return matrix
-
-    def _new_solver(self) -> tuple[Any, Any, Any]:
-        matrix = self.new_matrix()
         matrix.setOption(PETSc.Mat.Option.SPD, True)
-        ksp = PETSc.KSP().create(self.domain.comm)
+        ksp = PETSc.KSP().create(comm)
         ksp.setOperators(matrix)
         ksp.setType(PETSc.KSP.Type.CG)
         ksp.getPC().setType(PETSc.PC.Type.JACOBI)
