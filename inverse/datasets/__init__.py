@@ -1,0 +1,20 @@
+"""Data to learn from: planar sets with known laws, scikit-learn's digits, MNIST files.
+
+Every loader gives inputs (n, d) in floating point and labels (n,) as int64.
+"""
+
+from inverse.datasets.digits import Digits, digits
+from inverse.datasets.idx import mnist, read_idx
+from inverse.datasets.planar import PLANAR, Law, bayes_accuracy, densities, planar
+
+__all__ = [
+    "PLANAR",
+    "Digits",
+    "Law",
+    "bayes_accuracy",
+    "densities",
+    "digits",
+    "mnist",
+    "planar",
+    "read_idx",
+]

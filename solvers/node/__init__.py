@@ -1,0 +1,1 @@
+"""Networks that are ordinary differential equations, and vector fields that are networks."""

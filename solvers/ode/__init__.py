@@ -1,0 +1,1 @@
+"""Ordinary differential equations in torch: Butcher tableaux, integration, gradients of integration."""

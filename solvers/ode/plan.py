@@ -1,0 +1,91 @@
+"""What the steps of one integration share, and the combinations of stages that they are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from solvers.ode.fields import Rows, Saved, VectorField
+from solvers.ode.tableau import Array, Tableau
+
+Terms = list[tuple[int, float, float]]  # (stage, coefficient for q, for p); equal where not partitioned
+Tables = Sequence[Sequence[Tensor]]
+
+
+Into = Sequence[Sequence[Tensor] | None]
+
+
+class Workspace:
+    """The memory of one run, allocated once: fresh memory for each stage costs more than the arithmetic on
+    it.
+
+    states (steps + 1, *shape); K: the stage values (steps, s, *shape), or of one step where only the states
+    are kept; saved[n][i]: what the field saved there; the rest is scratch.
+    """
+
+    def __init__(self, x: Tensor, steps: int, stages: int, keep: bool) -> None:
+        self.states = x.new_empty((steps + 1, *x.shape))
+        self.K = x.new_empty((steps if keep else 1, stages, *x.shape))
+        self.saved: list[list[Saved]] = []
+        self.X, self.kappa = torch.empty_like(x), torch.empty_like(x)
+        self.L = x.new_empty((stages, *x.shape))
+
+
+class Plan:
+    """What all steps share: the field, the scheme, which row of each weight's table serves which stage."""
+
+    def __init__(self, vector_field: VectorField, scheme: Tableau, index: Sequence[Rows]) -> None:
+        self.field, self.scheme, self.index = vector_field, scheme, tuple(index)
+
+        def terms(q: Array, p: Array | None) -> Terms:
+            pairs = zip(map(float, q), map(float, q if p is None else p), strict=True)
+            return [(j, ours, theirs) for j, (ours, theirs) in enumerate(pairs) if ours or theirs]
+
+        A, A_p = scheme.A, scheme.A_p
+        self.stages = range(scheme.stages)
+        self.a = [terms(A[i], None if A_p is None else A_p[i]) for i in self.stages]
+        self.a_adjoint = [terms(A[:, i], None if A_p is None else A_p[:, i]) for i in self.stages]
+        self.b = terms(scheme.b, scheme.b_p)
+        self._own_weight = {j: (q, p) for j, q, p in self.b}
+
+    def weight(self, i: int) -> tuple[float, float]:
+        """b_i for q and for p."""
+        return self._own_weight.get(i, (0.0, 0.0))
+
+    def rows(self, tables: Tables, n: int, i: int) -> list[Tensor]:
+        """The weights of stage i of step n."""
+        return [table[index[n][i]] for table, index in zip(tables, self.index, strict=True)]
+
+
+def scaled(k: Tensor, for_q: float, for_p: float) -> Tensor:
+    """(for_q k_q, for_p k_p): the halves of the last dimension by themselves."""
+    if for_q == for_p:
+        return k * for_q
+    q, p = k.chunk(2, -1)
+    return torch.cat([q * for_q, p * for_p], -1)
+
+
+def combined(x: Tensor, ks: Sequence[Tensor], terms: Terms, h: Tensor | float) -> Tensor:
+    """x + h sum_j coefficient_j k_j, on the tape."""
+    for j, for_q, for_p in terms:
+        if isinstance(h, Tensor):
+            x = x + h * scaled(ks[j], for_q, for_p)
+        elif for_q == for_p:
+            x = x.add(ks[j], alpha=for_q * h)
+        else:
+            x = x + scaled(ks[j], for_q * h, for_p * h)
+    return x
+
+
+def combine(x: Tensor, ks: Sequence[Tensor], terms: Terms, h: float, out: Tensor) -> Tensor:
+    """The same off the tape, into `out`; without terms x itself."""
+    source = x
+    for j, for_q, for_p in terms:
+        if for_q == for_p:
+            torch.add(source, ks[j], alpha=for_q * h, out=out)
+        else:
+            torch.add(source, scaled(ks[j], for_q * h, for_p * h), out=out)
+        source = out
+    return source
