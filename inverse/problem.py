@@ -2,6 +2,7 @@ r"""Inverse problems: an objective on a Space, its derivatives from the tape, an
 
     InverseProblem   J(m) = misfit(m) + R(m)
     LeastSquares     J(m) = 1/2 ||r(m)||^2 + R(m),    r(m) = C^(-1/2) (F(m) - y) / sd
+    Composite        J(m) = loss(F(m)) + R(m)
 
 Gradients and Hessian actions are duals (see solvers.spaces). `counts` holds the solves made so far: a value
 is one "forward"; a gradient one more "adjoint"; a dual-number pass one "forward" and one "tangent"; a Hessian
@@ -12,6 +13,7 @@ differentiates. Work that a checkpointed Function repeats inside its own backwar
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Callable
 
 import torch
@@ -19,6 +21,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
+from inverse.roots import increasing_root
 from inverse.uncertainty import ModelError
 from solvers.errors import GliodeError
 from solvers.spaces import Communicator, Space, reduce
@@ -71,6 +74,11 @@ class InverseProblem:
     def curvature(self, m: Tensor, d: Tensor) -> float:
         """<J''(m) d, d>, which sets the step along d."""
         return self.space.pair(self.hessian_action(m, d), d)
+
+    def step(self, m: Tensor, d: Tensor, slope: float) -> float | None:
+        """The step along d, of slope <J'(m), d> < 0: -slope / curvature; None unless that is positive."""
+        curvature = self.curvature(m, d)
+        return -slope / curvature if math.isfinite(curvature) and curvature > 0 else None
 
     def regularizer_action(self, m: Tensor, d: Tensor) -> Tensor:
         """The dual R''(m) d (zero without a regularizer); no solve."""
@@ -147,7 +155,33 @@ class Evaluation:
         return _vector_jacobian(self._differentiable, self.leaf, d)
 
 
-class LeastSquares(InverseProblem):
+class Mapped(InverseProblem):
+    """A problem of a forward map, whose linearisation along a direction is one tangent solve."""
+
+    @abstractmethod
+    def on_tape(self, m: Tensor) -> Tensor:
+        """What J compares or judges, on the tape and not counted."""
+
+    def linearised(self, m: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
+        """`on_tape` at m and its derivative along d, the sensitivity problem: one pass of dual numbers."""
+        self.counts["forward"] += 1
+        self.counts["tangent"] += 1
+        try:
+            with torch.no_grad(), forward_ad.dual_level():
+                dual = self.on_tape(forward_ad.make_dual(m.detach(), d.detach()))
+                primal, tangent = forward_ad.unpack_dual(dual)
+        except NotImplementedError as error:
+            raise GliodeError(
+                f"forward: no tangent, an operation lacks forward mode (write its jvp): {error}"
+            ) from error
+        return primal.clone(), torch.zeros_like(primal) if tangent is None else tangent.clone()
+
+    def jvp(self, m: Tensor, d: Tensor) -> Tensor:
+        """The derivative along d alone; of LeastSquares J d = r'(m) d, (N,)."""
+        return self.linearised(m, d)[1]
+
+
+class LeastSquares(Mapped):
     """J(m) = 1/2 ||r(m)||^2 + R(m), r(m) = C^(-1/2) (F(m) - y) / sd, flattened to (N,).
 
     forward: point -> tensor of the shape of `data`, on the tape; noise: sd > 0 of the data, a number or one
@@ -216,20 +250,6 @@ class LeastSquares(InverseProblem):
         with torch.no_grad():
             return self.on_tape(m.detach())
 
-    def jvp(self, m: Tensor, d: Tensor) -> Tensor:
-        """J d = r'(m) d, (N,), by one pass of dual numbers."""
-        self.counts["forward"] += 1
-        self.counts["tangent"] += 1
-        try:
-            with torch.no_grad(), forward_ad.dual_level():
-                dual = self.on_tape(forward_ad.make_dual(m.detach(), d.detach()))
-                primal, tangent = forward_ad.unpack_dual(dual)
-        except NotImplementedError as error:
-            raise GliodeError(
-                f"forward: no tangent, an operation lacks forward mode (write its jvp): {error}"
-            ) from error
-        return torch.zeros_like(primal) if tangent is None else tangent.clone()
-
     def vjp(self, m: Tensor, w: Tensor) -> Tensor:
         """The dual J^T w of w (N,)."""
         return self.evaluate(m).vjp(w)
@@ -247,6 +267,55 @@ class LeastSquares(InverseProblem):
         """||J d||^2 + <R'' d, d>, the Gauss-Newton curvature: one tangent solve (the sensitivity problem)."""
         xi = self.jvp(m, d)
         return float(self.data_product(xi, xi)) + self.space.pair(self.regularizer_action(m, d), d)
+
+
+class Composite(Mapped):
+    """J(m) = loss(F(m)) + R(m), such as the cross-entropy of a network's scores F(m).
+
+    forward: point -> tensor, on the tape; loss: from that tensor to a 0-d one, twice differentiable (under
+    MPI the same on every rank).
+    """
+
+    def __init__(
+        self,
+        space: Space,
+        forward: Callable[[Tensor], Tensor],
+        loss: Callable[[Tensor], Tensor],
+        regularizer: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        super().__init__(space, lambda m: loss(forward(m)), regularizer)
+        self.forward, self.loss = forward, loss
+
+    def on_tape(self, m: Tensor) -> Tensor:
+        """F(m), on the tape and not counted."""
+        return self.forward(m)
+
+    def curvature(self, m: Tensor, d: Tensor) -> float:
+        """<loss'' F' d, F' d> + <R'' d, d>, the Gauss-Newton curvature: one tangent solve."""
+        return self._along(m, d)(0.0)[1]
+
+    def step(self, m: Tensor, d: Tensor, slope: float) -> float | None:
+        """A root of phi', phi(eta) = loss(F(m) + eta F'(m) d) + R(m + eta d); None unless phi''(0) > 0.
+
+        One tangent solve; Newton's method then needs the loss only, and for a quadratic one a single step.
+        """
+        return increasing_root(self._along(m, d), slope, math.sqrt(torch.finfo(m.dtype).eps))
+
+    def _along(self, m: Tensor, d: Tensor) -> Callable[[float], tuple[float, float]]:
+        """eta -> phi'(eta), phi''(eta)."""
+        at, xi = self.linearised(m, d)
+
+        def derivatives(eta: float) -> tuple[float, float]:
+            leaf = torch.tensor(eta, dtype=m.dtype, device=m.device, requires_grad=True)
+            with torch.enable_grad():
+                phi = self.loss(at + leaf * xi)
+                if self.regularizer is not None:
+                    phi = phi + self.regularizer(m.detach() + leaf * d.detach())
+                first = _differentiable_gradient(phi, leaf, "the loss")
+                (second,) = torch.autograd.grad(first, leaf)
+            return float(first.detach()), float(second)
+
+        return derivatives
 
 
 class ResidualEvaluation(Evaluation):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from inverse.optimizers.iteration import Iterate
-from inverse.problem import InverseProblem, LeastSquares
+from inverse.problem import InverseProblem, Mapped
 
 ARMIJO = 1e-4
 
@@ -21,18 +21,18 @@ End = tuple[float, float, float]
 
 
 def sensitivity(problem: InverseProblem, here: Iterate, d: Tensor, slope: float) -> Step | None:
-    """The step from the sensitivity problem: eta = -phi'(0) / phi''(0).
+    """The step that the problem itself gives along d (`InverseProblem.step`), then safeguarded.
 
-    Least squares: phi''(0) = ||J d||^2 + <R'' d, d>, so without R eta = -<r, J d> / ||J d||^2, one tangent
-    solve; halved (or more) while J rises. Other objectives: phi''(0) from the Hessian action, then a strong
-    Wolfe search from there, which is the scalar root of phi' to a tenth of phi'(0). Without positive
-    curvature the Wolfe search starts from a unit step.
+    With a forward map it comes from the sensitivity problem, one tangent solve: for least squares without R
+    it is eta = -<r, J d> / ||J d||^2, for other losses the root of phi' with the map linearised; it is shrunk
+    while J falls too little. Without a forward map it is -phi'(0) / phi''(0), phi''(0) from the Hessian
+    action, and a strong Wolfe search goes on from there, which is the root of phi' to a tenth of phi'(0).
+    Without positive curvature that search starts from a unit step.
     """
-    curvature = problem.curvature(here.m, d)
-    if not (math.isfinite(curvature) and curvature > 0):
+    eta = problem.step(here.m, d, slope)
+    if eta is None:
         return wolfe(problem, here, d, slope, 1 / problem.space.norm(d), 0.1)
-    eta = -slope / curvature
-    if isinstance(problem, LeastSquares):
+    if isinstance(problem, Mapped):
         return backtracking(problem, here, d, slope, eta)
     return wolfe(problem, here, d, slope, eta, 0.1)
 

@@ -31,7 +31,7 @@ def simplex(v: Tensor, total: float) -> Tensor:
     """
     ordered = v.detach().sort(descending=True).values
     shifts = (ordered.cumsum(0) - total) / torch.arange(1, len(v) + 1, dtype=v.dtype, device=v.device)
-    support = v.detach() > shifts[(ordered > shifts).nonzero()[-1]]
+    support = v.detach() > shifts[(ordered > shifts).sum().clamp(min=1) - 1]
     tau = (v[support].sum() - total) / support.sum()
     return torch.where(support, v - tau, torch.zeros_like(v))
 

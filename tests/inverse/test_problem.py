@@ -1,18 +1,24 @@
 """Values, derivatives and counts of inverse problems against closed forms and dense linear algebra."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from scipy.optimize import brentq, minimize_scalar
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from inverse.optimizers import conjugate_gradients, gauss_newton
-from inverse.problem import InverseProblem, LeastSquares
+from inverse.optimizers.iteration import Iterate
+from inverse.optimizers.line_search import sensitivity
+from inverse.problem import Composite, InverseProblem, LeastSquares
 from inverse.regularizers.tikhonov import Tikhonov
+from inverse.roots import increasing_root
+from inverse.stopping import GradientTolerance, MaxIterations
 from solvers.errors import GliodeError
 from solvers.spaces import Communicator, Euclidean, GramSpace, replicate
 
@@ -267,3 +273,121 @@ def test_a_distributed_field_is_recovered_as_in_serial() -> None:
     serial = conjugate_gradients.minimise(problem(slice(None), None), torch.zeros_like(x))
     torch.testing.assert_close(parallel.m, serial.m[own], rtol=1e-9, atol=1e-9)
     assert parallel.iterations == serial.iterations
+
+
+SIGNS = torch.tensor([1.0, -1.0, 1.0, 1.0, -1.0, 1.0, -1.0, -1.0], dtype=torch.float64).view(4, 2)
+
+
+def logistic(scores: Tensor) -> Tensor:
+    return torch.nn.functional.softplus(-4 * SIGNS * scores).mean()
+
+
+def likely(regularizer: Tikhonov | None = None) -> Composite:
+    return Composite(Euclidean(3), curve, logistic, regularizer)
+
+
+def test_composite_gradient_by_differences_and_what_it_costs() -> None:
+    problem = likely(Tikhonov(Euclidean(3), 0.3))
+    value, gradient = problem.value_and_gradient(M)
+    margins = (-4 * SIGNS * curve(M)).numpy()
+    assert value == pytest.approx(np.log1p(np.exp(margins)).mean() + 0.15 * float(M @ M))
+    assert problem.counts == {"forward": 1, "adjoint": 1, "tangent": 0}
+    h = 1e-6
+    for unit, slope in zip(torch.eye(3).double(), gradient, strict=True):
+        difference = (problem.value(M + h * unit) - problem.value(M - h * unit)) / (2 * h)
+        assert float(slope) == pytest.approx(difference, rel=1e-7)
+
+
+@pytest.mark.parametrize("weight", [None, 0.3])
+def test_composite_steps_to_the_lowest_point_of_the_linearised_objective(weight: float | None) -> None:
+    """Against SciPy's search on phi(eta) = loss(F + eta J d) + R(m + eta d) with a dense J."""
+    problem = likely(None if weight is None else Tikhonov(Euclidean(3), weight))
+    d = -problem.value_and_gradient(M)[1]
+    s, xi = curve(M).numpy(), (dense_jacobian(M, torch.ones(8)) @ d.numpy()).reshape(4, 2)
+
+    def phi(eta: float) -> float:
+        scores, m = s + eta * xi, (M + eta * d).numpy()
+        return float(np.log1p(np.exp(-4 * SIGNS.numpy() * scores)).mean() + (weight or 0) / 2 * (m @ m))
+
+    lowest = minimize_scalar(phi, bracket=(0, 1), options={"xtol": 1e-12}).x
+    before = dict(problem.counts)
+    assert problem.step(M, d, -float(d @ d)) == pytest.approx(lowest, rel=1e-6)
+    assert {k: v - before[k] for k, v in problem.counts.items()} == {"forward": 1, "adjoint": 0, "tangent": 1}
+    h = 1e-4
+    bend = (phi(h) - 2 * phi(0) + phi(-h)) / h**2
+    assert problem.curvature(M, d) == pytest.approx(bend, rel=1e-5)
+
+
+def test_a_quadratic_loss_makes_composite_least_squares() -> None:
+    prior = Tikhonov(Euclidean(3), 0.7)
+    squares = fit(regularizer=prior)
+    same = Composite(
+        Euclidean(3), curve, lambda s: ((s - squares.data) / squares.noise).square().sum() / 2, prior
+    )
+    value, gradient = squares.value_and_gradient(M)
+    assert same.value(M) == pytest.approx(value, rel=1e-12)
+    torch.testing.assert_close(same.value_and_gradient(M)[1], gradient)
+    slope = -float(gradient @ gradient)
+    expected = squares.step(M, -gradient, slope)
+    assert expected is not None
+    assert same.step(M, -gradient, slope) == pytest.approx(expected, rel=1e-10)
+
+
+def test_conjugate_gradients_on_a_composite_cost_one_tangent_an_iteration() -> None:
+    """Logistic regression to its optimum, where the gradient written out vanishes."""
+    x = torch.randn(30, 3, dtype=torch.float64)
+    y = (torch.rand(30) < torch.sigmoid(x[:, 0] - 2 * x[:, 2])).double()
+    loss = torch.nn.functional.binary_cross_entropy_with_logits
+    problem = Composite(Euclidean(3), lambda m: x @ m, lambda s: loss(s, y), Tikhonov(Euclidean(3), 0.01))
+    stopping = (GradientTolerance(1e-8), MaxIterations(60))
+    result = conjugate_gradients.minimise(problem, torch.zeros(3).double(), stopping=stopping)
+    assert result.stopped_by == "GradientTolerance"
+    p = 1 / (1 + np.exp(-(x @ result.m).numpy()))
+    residual = x.numpy().T @ (p - y.numpy()) / 30 + 0.01 * result.m.numpy()
+    assert np.abs(residual).max() < 1e-8
+    k = result.iterations
+    assert result.counts == {"forward": 1 + 2 * k, "adjoint": 1 + k, "tangent": k}
+
+
+def test_an_objective_that_falls_for_ever_still_gets_a_step() -> None:
+    """Separable classes: no root, so a step after which the slope has all but vanished."""
+    problem = Composite(Euclidean(1), lambda m: m * vector(1.0, 2.0), lambda s: torch.exp(-s).sum())
+    eta = problem.step(vector(0.0), vector(1.0), -3.0)
+    assert eta is not None and 0 < math.exp(-eta) + 2 * math.exp(-2 * eta) < 1e-7
+
+
+def test_without_curvature_a_composite_goes_downhill_by_the_wolfe_search() -> None:
+    """loss = s^2/(1 + s^2) is concave at s = 2, and has its lowest value at 0."""
+    problem = Composite(Euclidean(1), lambda m: m, lambda s: (s * s / (1 + s * s)).sum())
+    start = vector(2.0)
+    here = Iterate.of(problem.evaluate(start))
+    slope = -float(here.gradient @ here.gradient)
+    assert problem.curvature(start, -here.riesz) < 0
+    assert problem.step(start, -here.riesz, slope) is None
+    taken = sensitivity(problem, here, -here.riesz, slope)
+    assert taken is not None and taken[0].value < here.value
+    result = conjugate_gradients.minimise(
+        problem, start, stopping=(GradientTolerance(1e-8), MaxIterations(50))
+    )
+    assert abs(float(result.m)) < 1e-7
+
+
+def test_the_root_is_found_where_newtons_method_alone_runs_away() -> None:
+    def g(x: float) -> float:
+        return math.atan(5 * (x - 3)) + 0.01 * (x - 1)
+
+    def derivatives(x: float) -> tuple[float, float]:
+        return g(x), 5 / (1 + 25 * (x - 3) ** 2) + 0.01
+
+    assert increasing_root(derivatives, g(0.0), 1e-12) == pytest.approx(brentq(g, 0, 10), rel=1e-10)
+
+
+def test_values_that_are_not_finite_are_too_far_and_no_rise_is_no_root() -> None:
+    def derivatives(x: float) -> tuple[float, float]:
+        if x >= 1.5:
+            return math.nan, math.nan
+        return math.log(x + 0.1), 1 / (x + 0.1) if x else 0.5
+
+    assert increasing_root(derivatives, math.log(0.1), 1e-10) == pytest.approx(0.9, rel=1e-9)
+    assert increasing_root(lambda x: (-1.0, 0.0), -1.0, 1e-8) is None
+    assert increasing_root(lambda x: (-1.0, math.nan), -1.0, 1e-8) is None
