@@ -1,6 +1,6 @@
 """Run a benchmark: print its checks, write results/benchmarks/NAME.json, exit 1 where a bar is not met.
 
-scripts/env python scripts/benchmark.py NAME [--full]
+scripts/env python scripts/benchmark.py NAME [--full] [--device cuda]
 scripts/env python scripts/benchmark.py --list
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import ast
 import importlib
+import inspect
 import json
 import math
 import os
@@ -55,7 +56,10 @@ def machine() -> dict[str, str | int | float]:
 
 def versions() -> dict[str, str]:
     """Versions of the packages that the benchmark has imported."""
-    names = ("numpy", "scipy", "torch", "dolfinx", "petsc4py", "mpi4py", "nilearn", "nibabel", "pyvista")
+    names = (
+        *("numpy", "scipy", "torch", "torchdiffeq"),
+        *("dolfinx", "petsc4py", "mpi4py", "nilearn", "nibabel", "pyvista"),
+    )
     loaded = {name: sys.modules[name] for name in names if name in sys.modules}
     return {
         "python": platform.python_version(),
@@ -95,6 +99,9 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("name", nargs="?", help="benchmark to run")
     parser.add_argument("--full", action="store_true", help="the long version")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="where it computes; not all can use cuda"
+    )
     parser.add_argument("--list", action="store_true", help="name the benchmarks and stop")
     options = parser.parse_args(arguments)
     known = available()
@@ -112,9 +119,21 @@ def main(arguments: list[str] | None = None) -> int:
         again = f"scripts/env python scripts/benchmark.py {options.name}"
         print(f"benchmark {options.name}: {error}; in the environment: {again}", file=sys.stderr)
         return 2
+    given: dict[str, str] = {}
+    if "device" in inspect.signature(module.run).parameters:
+        given["device"] = options.device
+    elif options.device != "cpu":
+        parser.error(f"--device {options.device}: benchmark {options.name} computes on the CPU; leave it out")
+    graphics = None
+    if options.device == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            parser.error("--device cuda: torch sees no CUDA device here; leave it out to compute on the CPU")
+        graphics = torch.cuda.get_device_name()
     console = Console(width=None if sys.stdout.isatty() else 120)
     start = time.perf_counter()
-    checks: list[Check] = module.run(options.full)
+    checks: list[Check] = module.run(options.full, **given)
     seconds = time.perf_counter() - start
     console.print(table(options.name, checks, seconds))
     RESULTS.mkdir(parents=True, exist_ok=True)
@@ -123,10 +142,11 @@ def main(arguments: list[str] | None = None) -> int:
         "full": options.full,
         "checks": [asdict(check) | {"value": plain(check.value)} for check in checks],
         "seconds": round(seconds, 1),
-        "machine": machine(),
+        "device": options.device,
+        "machine": machine() | ({"gpu": graphics} if graphics else {}),
         "versions": versions(),
     }
-    path = RESULTS / f"{options.name}.json"
+    path = RESULTS / f"{options.name}{'_cuda' if graphics else ''}.json"
     path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     failed = sum(check.holds is False for check in checks)
     console.print(

@@ -1,4 +1,5 @@
-"""Benchmarks: each module here has a first docstring line and `run(full: bool) -> list[Check]`.
+"""Benchmarks: each module here has a first docstring line and `run(full: bool) -> list[Check]`
+(`run(full, device)` where a benchmark can run on CUDA).
 
 `scripts/benchmark.py NAME` runs it, prints the checks and writes results/benchmarks/NAME.json.
 """

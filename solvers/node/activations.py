@@ -16,8 +16,8 @@ class Activation:
     """sigma, applied entry by entry.
 
     value: z -> sigma(z), on the tape; pullback: (p, s) -> p sigma'(z), where s is sigma(z) if `from_value`,
-    else z; slopes: (lowest, highest) of sigma', on which guarantees rest; value_: the value in place of z,
-    where there is one and the pullback needs no z.
+    else z, and p may be spoilt; slopes: (lowest, highest) of sigma', on which guarantees rest; value_: the
+    value in place of z, where there is one and the pullback needs no z.
     """
 
     name: str
@@ -53,10 +53,17 @@ class Activation:
 
 
 _ATEN = torch.ops.aten
+
+
+def _tanh_pullback(p: Tensor, s: Tensor) -> Tensor:
+    out: Tensor = _ATEN.tanh_backward.grad_input(p, s, grad_input=p)
+    return out
+
+
 ACTIVATIONS: dict[str, Activation] = {
     a.name: a
     for a in (
-        Activation("tanh", torch.tanh, _ATEN.tanh_backward, (0.0, 1.0), True, torch.tanh_),
+        Activation("tanh", torch.tanh, _tanh_pullback, (0.0, 1.0), True, torch.tanh_),
         Activation(
             "relu", torch.relu, lambda p, s: _ATEN.threshold_backward(p, s, 0), (0.0, 1.0), True, torch.relu_
         ),

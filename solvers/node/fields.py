@@ -66,6 +66,7 @@ class _Layered(VectorField):
         self.names = tuple(shapes)
         for name, shape in shapes.items():
             self.add_module(name, DepthWeights(shape, kind, knots, duration))
+        self.reset()
 
     def weights(self, name: str) -> DepthWeights:
         found = self.get_submodule(name)
@@ -113,6 +114,10 @@ class Standalone(_Layered):
     ) -> None:
         super().__init__({"W": (dim, dim), "b": (dim,)}, sigma, kind, knots, duration)
 
+    @property
+    def saves_value(self) -> bool:  # type: ignore[override]
+        return self.sigma.value_ is not None
+
     def rhs(self, x: Tensor, *w: Tensor) -> Tensor:
         return self.sigma.value(linear(x, w[0], w[1]))
 
@@ -139,6 +144,8 @@ class Standalone(_Layered):
 class ODENet(_Layered):
     """alpha(t) sigma(K(t) x + b(t)), alpha a learned scalar. K (d, d), b (d,), alpha ()."""
 
+    saves_value = False
+
     def __init__(
         self,
         dim: int,
@@ -148,7 +155,6 @@ class ODENet(_Layered):
         duration: float = 1.0,
     ) -> None:
         super().__init__({"K": (dim, dim), "b": (dim,), "alpha": ()}, sigma, kind, knots, duration)
-        self.reset()
 
     def reset(self, gain: float = 1.0, rough: float = 0.0, generator: torch.Generator | None = None) -> None:
         super().reset(gain, rough, generator)
@@ -183,6 +189,8 @@ class GradientFlow(_Layered):
     """-K(t)^T sigma(K(t) x + b(t)): minus the gradient of sum_i Sigma((K x + b)_i), Sigma' = sigma. K (m, d),
     b (m,).
     """
+
+    saves_value = False
 
     def __init__(
         self,
@@ -222,6 +230,8 @@ class GradientFlow(_Layered):
 
 class TwoLayer(_Layered):
     """W2(t) sigma(W1(t) x + b1(t)) + b2(t). W1 (m, d), b1 (m,), W2 (d, m), b2 (d,)."""
+
+    saves_value = False
 
     def __init__(
         self,

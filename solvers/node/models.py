@@ -75,7 +75,8 @@ class Node(nn.Module):
                     )
         self.field, self.duration, self.scheme = field, duration, tableau(scheme)
         self.gradient, self.store, self.noise = gradient, store, noise
-        self.register_buffer("grid", torch.linspace(0, duration, steps + 1), persistent=False)
+        grid = torch.linspace(0, duration, steps + 1, dtype=torch.float64)
+        self.register_buffer("grid", grid, persistent=False)
         self.free_steps = nn.Parameter(torch.full((steps,), duration / steps)) if learned else None
 
     def times(self) -> Tensor:

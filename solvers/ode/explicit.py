@@ -35,7 +35,7 @@ def forward(
     """Step n from x into `out`, the stage values into K; returns what the field saved."""
     saved = []
     for i in plan.stages:
-        X = combine(x, K, plan.a[i], h, work.X)
+        X = combine(x, K, plan.a[i], h, work.X[n].get(i, x))
         saved.append(plan.field.push(X, plan.rows(tables, n, i), K[i]))
     combine(x, K, plan.b, h, out)
     return saved
@@ -59,14 +59,15 @@ def adjoint(
 
     x, K, saved: what `forward` had and gave.
     """
-    kappa, L = work.kappa, work.L.unbind(0)
+    kappa = work.kappa
+    L: dict[int, Tensor] = {}
+    late: list[Tensor] = []  # the L_i that are not in the costate yet, which other stages still read
     slope: Tensor | None = None
     # In units of h where dJ/dh is wanted: a learned time step may be 0, so kappa / h must not be formed.
     unit = 1.0 if learned else h
-    done: list[int] = []
     for i in reversed(plan.stages):
         own_q, own_p = plan.weight(i)
-        later = [term for term in plan.a_adjoint[i] if term[0] in done]
+        later = [term for term in plan.a_adjoint[i] if term[0] in L]
         if not (own_q or own_p or later):
             continue
         if own_q == own_p:
@@ -78,10 +79,21 @@ def adjoint(
             part = (kappa * K[i]).sum()
             slope = part if slope is None else slope + part
             kappa.mul_(h)
-        X = combine(x, K, plan.a[i], h, work.X)
+        X = work.X[n].get(i, x)
+        if work.from_values:
+            X, out = combine(x, K, plan.a[i], h, X), K[i]
+        elif X is not x:
+            out = X
+        else:
+            out = late[0] if late and i == 0 else torch.empty_like(x)
+        if i == 0:
+            for one in late:
+                costate.add_(one)
+            late = []
         gw = [None if g is None else g[index[n][i]] for g, index in zip(into, plan.index, strict=True)]
-        plan.field.pull(X, saved[i], plan.rows(tables, n, i), kappa, gw, L[i])
-        done.append(i)
-    for i in done:
-        costate.add_(L[i])
+        plan.field.pull(X, saved[i], plan.rows(tables, n, i), kappa, gw, out)
+        L[i] = out
+        late.append(out)
+    for one in late:
+        costate.add_(one)
     return slope

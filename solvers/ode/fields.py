@@ -48,6 +48,8 @@ class Sampled:
 class VectorField(nn.Module):
     """f(x; w): `sample` and `rhs` define it; `push` and `pull` by hand make its gradient faster."""
 
+    saves_value = True  # whether `push` may save its `out`: then it is kept for every stage
+
     @abstractmethod
     def sample(self, stages: Tensor) -> Sequence[Sampled]:
         """The weights at the stage times (steps, s), in the order in which `rhs` takes them, on the tape."""
@@ -76,7 +78,7 @@ class VectorField(nn.Module):
         out: Tensor,
     ) -> None:
         """(d_x f)^T p into `out`; adds (d_w f)^T p to the tensors of `into` that are not None. p may be
-        spoilt.
+        spoilt; `out` may be the memory of x, or that into which `push` wrote, so it is written last.
         """
         k, *leaves = saved
         out.zero_()

@@ -62,7 +62,7 @@ def forward(
         K[i].copy_(k)
     saved = []
     for i in plan.stages:
-        X = combine(x, K, plan.a[i], h, work.X)
+        X = combine(x, K, plan.a[i], h, work.X[n].get(i, x))
         # Not into K[i]: the solution is more accurate, as f amplifies the rounding in X.
         saved.append(plan.field.push(X, plan.rows(tables, n, i), torch.empty_like(x)))
     combine(x, K, plan.b, h, out)
@@ -91,7 +91,7 @@ def adjoint(
     def pulled(kappa: Tensor, gradients: Callable[[int], Sequence[Tensor | None]]) -> Tensor:
         found = torch.empty_like(kappa)
         for i in plan.stages:
-            X = combine(x, K, plan.a[i], h, work.X)
+            X = combine(x, K, plan.a[i], h, work.X[n].get(i, x))
             given = work.kappa.copy_(kappa[i])
             plan.field.pull(X, saved[i], plan.rows(tables, n, i), given, gradients(i), found[i])
         return found

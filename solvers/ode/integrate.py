@@ -201,7 +201,7 @@ class _Adjoint(torch.autograd.Function):
 
 
 class _Sweep:
-    """One run forward, and back; the workspace is left as it is, so back may run again."""
+    """One run forward, and back, which uses up the workspace: a second time it runs forward again first."""
 
     def __init__(
         self,
@@ -213,43 +213,50 @@ class _Sweep:
         tables: Sequence[Tensor],
     ) -> None:
         self.plan, self.kicks, self.keep, self.method = plan, kicks, keep, _method(plan)
-        self.h, self.like = steps.tolist(), (steps, tables)
+        self.x, self.h, self.like = x, steps.tolist(), (steps, tables)
         self.tables = [table.unbind(0) for table in tables]
-        self.work = Workspace(x, len(self.h), len(plan.stages), keep)
-        self.work.states[0] = x
-        self.states = self.work.states.unbind(0)
-        self.K = [K.unbind(0) for K in self.work.K.unbind(0)]
+        self.work: Workspace | None = None
+        # The stage values themselves are wanted by the field, by the derivatives by time steps, or both.
+        self.from_values = plan.field.saves_value or steps.requires_grad or not plan.scheme.explicit
 
-    def _start(self, n: int) -> Tensor:
-        return self.states[n] if self.kicks is None else self.states[n] + self.kicks[n]
+    def _start(self, work: Workspace, n: int) -> Tensor:
+        return work.states[n] if self.kicks is None else work.states[n] + self.kicks[n]
 
-    def _forward(self, n: int, out: Tensor) -> list[Saved]:
-        K = self.K[n if self.keep else 0]
-        return self.method.forward(self.plan, n, self._start(n), self.h[n], self.tables, self.work, K, out)
+    def _forward(self, work: Workspace, n: int, out: Tensor) -> list[Saved]:
+        start = self._start(work, n)
+        return self.method.forward(self.plan, n, start, self.h[n], self.tables, work, work.K[n], out)
 
     def run(self, trajectory: bool) -> Tensor:
+        self.work = work = Workspace(self.plan, self.x, len(self.h), self.keep, self.from_values)
         for n in range(len(self.h)):
-            saved = self._forward(n, self.states[n + 1])
+            saved = self._forward(work, n, work.states[n + 1])
             if self.keep:
-                self.work.saved.append(saved)
-        return self.work.states.clone() if trajectory else self.states[-1].clone()
+                work.saved.append(saved)
+        if self.keep and not self.from_values:
+            work.K = [()] * len(self.h)  # of one step, and done with
+        end = work.states.pop()
+        return torch.stack([*work.states, end]) if trajectory else end
 
     def back(self, grad: Tensor, trajectory: bool, needed: Sequence[bool]) -> tuple[Tensor | None, ...]:
+        if self.work is None:
+            self.run(False)
+        work, self.work = self.work, None
+        assert work is not None
         steps, tables = self.like
         found = [torch.zeros_like(t) if n else None for t, n in zip(tables, needed[2:], strict=True)]
         into = [None if g is None else g.unbind(0) for g in found]
         slopes = []
         costate = (grad[-1] if trajectory else grad).clone()
         for n in reversed(range(len(self.h))):
-            saved = self.work.saved[n] if self.keep else self._forward(n, torch.empty_like(costate))
+            saved = work.saved[n] if self.keep else self._forward(work, n, torch.empty_like(costate))
             slope = self.method.adjoint(
                 self.plan,
                 n,
-                self._start(n),
+                self._start(work, n),
                 self.h[n],
                 self.tables,
-                self.work,
-                self.K[n if self.keep else 0],
+                work,
+                work.K[n],
                 saved,
                 costate,
                 into,

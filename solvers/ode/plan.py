@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -18,19 +18,29 @@ Into = Sequence[Sequence[Tensor] | None]
 
 
 class Workspace:
-    """The memory of one run, allocated once: fresh memory for each stage costs more than the arithmetic on
-    it.
+    """The memory of one run, allocated once: fresh memory for each stage costs more than arithmetic.
 
-    states (steps + 1, *shape); K: the stage values (steps, s, *shape), or of one step where only the states
-    are kept; saved[n][i]: what the field saved there; the rest is scratch.
+    states[n], n <= steps, of which the last is the result; K[n][i] the stage values and X[n][i] the states of
+    the stages that do not start from states[n] itself. `keep`: of every step, not of one only, what the
+    backward pass starts from, the stage values, of which it makes the states again (`from_values`), or the
+    states; it writes over what it has used. saved[n][i]: what the field saved; kappa: scratch.
     """
 
-    def __init__(self, x: Tensor, steps: int, stages: int, keep: bool) -> None:
-        self.states = x.new_empty((steps + 1, *x.shape))
-        self.K = x.new_empty((steps if keep else 1, stages, *x.shape))
+    def __init__(self, plan: Plan, x: Tensor, steps: int, keep: bool, from_values: bool) -> None:
+        def slots(kept: bool, count: int) -> list[tuple[Tensor, ...]]:
+            rows = x.new_empty((steps if kept else 1, count, *x.shape)).unbind(0)
+            return [row.unbind(0) for row in rows] * (1 if kept else steps)
+
+        self.from_values = from_values
+        self.states = [x, *x.new_empty((steps - 1, *x.shape)).unbind(0), torch.empty_like(x)]
+        self.K = slots(keep and from_values, len(plan.stages))
+        moved = [i for i in plan.stages if plan.a[i]]
+        if from_values:
+            self.X = [dict.fromkeys(moved, torch.empty_like(x))] * steps
+        else:
+            self.X = [dict(zip(moved, row, strict=True)) for row in slots(keep, len(moved))]
         self.saved: list[list[Saved]] = []
-        self.X, self.kappa = torch.empty_like(x), torch.empty_like(x)
-        self.L = x.new_empty((stages, *x.shape))
+        self.kappa = torch.empty_like(x)
 
 
 class Plan:
@@ -79,7 +89,9 @@ def combined(x: Tensor, ks: Sequence[Tensor], terms: Terms, h: Tensor | float) -
     return x
 
 
-def combine(x: Tensor, ks: Sequence[Tensor], terms: Terms, h: float, out: Tensor) -> Tensor:
+def combine(
+    x: Tensor, ks: Sequence[Tensor] | Mapping[int, Tensor], terms: Terms, h: float, out: Tensor
+) -> Tensor:
     """The same off the tape, into `out`; without terms x itself."""
     source = x
     for j, for_q, for_p in terms:
