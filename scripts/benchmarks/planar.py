@@ -4,8 +4,8 @@ The models of NUMBERS.md's table (Benning et al. 2019, their data laws: docs/the
 Runge-Kutta networks, 20 layers of width 2, tanh, least squares after a sigmoid; the classifier learned or
 fixed (the first coordinate). Each run is the best of a few short ones from random starts, by its training
 loss, gone on with. Settings were chosen on seeds 11 to 14, which are not among those tested; the numbers of
-starts and iterations, and the settings of the fixed classifier, after a first run on the tested seeds had missed
-bars.
+starts and iterations, and the settings of the fixed classifier, after a first run on the tested seeds had
+missed bars.
 """
 
 from __future__ import annotations
