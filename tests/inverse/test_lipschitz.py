@@ -66,7 +66,7 @@ def test_local_constants_are_the_spectral_norms_of_the_samples(dtype: torch.dtyp
 def test_lower_bound_true_constant_upper_bound() -> None:
     """Two ReLU layers of the plane without biases: linear in sectors, whose norms give the true constant."""
     W1, W2 = numbers(6, 2), numbers(3, 6, seed=1)
-    net = nn.Sequential(nn.Linear(2, 6, bias=False), nn.ReLU(), nn.Linear(6, 3, bias=False)).double()
+    net: Any = nn.Sequential(nn.Linear(2, 6, bias=False), nn.ReLU(), nn.Linear(6, 3, bias=False)).double()
     with torch.no_grad():
         net[0].weight.copy_(W1)
         net[2].weight.copy_(W2)

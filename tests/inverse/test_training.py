@@ -278,7 +278,7 @@ def test_a_run_that_was_interrupted_goes_on_to_the_same_numbers(name: str, tmp_p
     assert cut.stopped_by == "interrupted" and 0 < len(cut.history) < 6
     assert numbers(cut) == numbers(expected)[: len(cut.history)]
 
-    fresh = nn.Sequential(network(noise=0.1), Breaks()).float()
+    fresh: Any = nn.Sequential(network(noise=0.1), Breaks()).float()
     nn.init.zeros_(fresh[0][1].weight)  # the checkpoint's, not the model's
     resumed = go(fresh, folder=tmp_path, resume=True)
     assert numbers(resumed) == numbers(expected)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -271,7 +272,7 @@ def test_the_product_space_is_sobolev_for_depth_and_euclidean_for_the_rest() -> 
 
 
 def test_what_is_fixed_is_no_parameter() -> None:
-    net = model()
+    net: Any = model()
     net[2].requires_grad_(False)
     flat = Parameters(net)
     assert set(flat.own) == {"0.weight", "0.bias", "1.field.W.values", "1.field.b.values"}
@@ -283,7 +284,8 @@ def test_what_is_fixed_is_no_parameter() -> None:
 
 
 def test_a_state_dict_comes_back_from_a_safetensors_file(tmp_path: Path) -> None:
-    net, again = model(), model()
+    net: Any = model()
+    again: Any = model()
     assert not torch.equal(again[0].weight, net[0].weight)
     save_file(net.state_dict(), tmp_path / "net.safetensors")
     again.load_state_dict(load_file(tmp_path / "net.safetensors"))
