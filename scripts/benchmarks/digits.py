@@ -3,9 +3,9 @@ attacks.
 
 x' = tanh(W(t) x + b(t)) is the whole network: x(0) are the 64 pixels, scaled to [0, -1], the scores are ten
 components of x(3). The NCG variant, then its inner product over the depth (H1 or L2), and Adam's learning
-rate and batch, are chosen by accuracy on 287 validation digits of the training part, on seeds of their own; then
-five seeds, each with its own 360 stratified random test digits, the network trained on all the others. Both
-methods minimise the same loss and start from the same weights.
+rate and batch, are chosen by accuracy on 287 validation digits of the training part, on seeds of their own;
+then five seeds, each with its own 360 stratified random test digits, the network trained on all the others.
+Both methods minimise the same loss and start from the same weights.
 """
 
 from __future__ import annotations
