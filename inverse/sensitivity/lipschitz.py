@@ -23,6 +23,7 @@ from inverse.sensitivity.directional import Linearisation, Map
 from solvers.errors import GliodeError
 from solvers.node.fields import GradientFlow, ODENet, Standalone, TwoLayer
 from solvers.node.models import Augment, Components, Net, Node
+from solvers.node.nonexpansive import spectral_bound
 from solvers.ode.fields import VectorField
 from solvers.ode.tableau import Tableau
 from solvers.ode.tableaux import tableau
@@ -202,9 +203,8 @@ def _field_bounds(field: VectorField, stages: Tensor) -> Tensor:
 
 
 def _spectral(W: Tensor) -> Tensor:
-    """||W|| of a matrix or a stack of them, in float64, rounded up by more than the error of the SVD."""
-    W = W.detach().cpu().double()
-    return torch.linalg.matrix_norm(W, 2) * (1 + 4 * max(W.shape[-2:]) * torch.finfo(torch.float64).eps)
+    """`spectral_bound` of a matrix or a stack of them, off the tape and in float64."""
+    return spectral_bound(W.detach().cpu().double())
 
 
 def certified_radius(scores: Tensor, lipschitz: float) -> Tensor:
