@@ -22,7 +22,6 @@ from torch import Tensor, nn
 
 from inverse import losses, methods
 from inverse.datasets import PLANAR, digits, mnist, planar
-from scripts.case_reading import load_yaml, table, validated
 from scripts.training_sections import (
     ByMethod,
     DigitsData,
@@ -44,6 +43,7 @@ from solvers.node import models
 from solvers.node.fields import ODENet, Standalone
 from solvers.node.nonexpansive import Lipschitz1Linear, NonExpansive
 from solvers.ode.integrate import Noise
+from tumour.case_reading import load_yaml, table, validated
 from tumour.case_sections import Section, Whole, problem
 
 Set = tuple[Tensor, Tensor]
@@ -108,7 +108,7 @@ def read(path: str | Path) -> Case:
 
 def parse(data: Mapping[str, Any], label: str = "case", folder: Path = Path(), name: str = "") -> Case:
     """The case in plain values; `label` stands for the file in messages, `name` is that key's default."""
-    case = validated(Case, data, label, folder)
+    case = validated(Case, data, label, folder, unknown="{key}: unknown key")
     return case if case.name else case.model_copy(update={"name": name})
 
 

@@ -17,9 +17,9 @@ from torch import Tensor
 from inverse import checkpoints, methods
 from inverse.training import evaluate
 from scripts import train, training_case
-from scripts.case_reading import table
 from solvers.errors import GliodeError
 from solvers.node.models import Node
+from tumour.case_reading import table
 
 ROOT = Path(__file__).parents[2]
 CASES = sorted((ROOT / "data" / "cases" / "networks").glob("*.yaml"))
