@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.autograd.functional import jacobian
 
 from inverse.sensitivity import (
@@ -23,28 +23,7 @@ from solvers.node.fields import GradientFlow, ODENet, Standalone, TwoLayer
 from solvers.node.models import Augment, Components, Net, Node
 from solvers.ode.integrate import integrate
 from solvers.ode.tableaux import TABLEAUX
-
-
-def numbers(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-class ResNet(nn.Module):
-    """x + f_n(x), layer by layer."""
-
-    def __init__(self, dim: int, layers: int, classes: int, dtype: torch.dtype = torch.float64) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(
-            nn.Sequential(nn.Linear(dim, 8), nn.Tanh(), nn.Linear(8, dim)) for _ in range(layers)
-        )
-        self.head = nn.Linear(dim, classes)
-        self.to(dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        for block in self.blocks:
-            x = x + block(x)
-        out: Tensor = self.head(x)
-        return out
+from tests.inverse.networks import ResNet, numbers
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
