@@ -136,7 +136,7 @@ class Space(ABC):
         """The primal g with G g = dual, on the tape: how a derivative becomes a direction."""
 
     def scaling(self) -> Tensor | None:
-        """s where inner(a, b) = sum a b / s^2 on replicated points (a diagonal metric), else None."""
+        """s where inner(a, b) = sum a b / s^2 (a diagonal metric), else None."""
         return None
 
     def pairing(self, dual: Tensor, primal: Tensor) -> Tensor:
@@ -196,6 +196,29 @@ class Euclidean(Space):
 
     def scaling(self) -> Tensor:
         return self.scale
+
+
+class Diagonal(Space):
+    """Entries owned by this rank with inner(a, b) = sum w_i a_i b_i: L2 with a lumped mass w.
+
+    The metric in which bounds, L1 norms and thresholds act on each entry by itself. Raises GliodeError unless
+    the weights (n,) are positive and finite.
+    """
+
+    def __init__(self, weights: Tensor, comm: Communicator | None = None) -> None:
+        self.weights = weights.detach().clone()
+        if self.weights.ndim != 1 or not bool((torch.isfinite(weights) & (weights > 0)).all()):
+            raise GliodeError("Diagonal: the weights must be positive and finite, in one dimension")
+        self.shape, self.comm = (len(weights),), comm
+
+    def gram(self, primal: Tensor) -> Tensor:
+        return primal * self.weights.to(primal)
+
+    def riesz(self, dual: Tensor) -> Tensor:
+        return dual / self.weights.to(dual)
+
+    def scaling(self) -> Tensor:
+        return self.weights.rsqrt()
 
 
 class GramSpace(Space):

@@ -165,20 +165,37 @@ class TumourModel:
             name: replicate(torch.as_tensor(parameters[name], dtype=torch.float64), self.domain.comm)
             for name in PARAMETERS
         }
+        seed = self.seed_state(torch.stack([m["x"], m["y"], m["z"]]))
+        D = self.diffusivity(m["D_white"], m["D_grey"])
+        return self.evolve(seed, D, m["rho"], m["age"], visits, age_steps)
+
+    def evolve(
+        self,
+        u: Tensor,
+        D: Tensor,
+        rho: Tensor,
+        age: Tensor,
+        visits: Sequence[float] = (0.0,),
+        age_steps: int | None = None,
+    ) -> list[Tensor]:
+        """Densities (owned dofs,) at the visits from the density u (owned dofs,) at day -age.
+
+        D: per cell, mm^2/day; rho: a number, or one for each owned dof, 1/day. Under MPI numbers that are
+        replicated come through `solvers.spaces.replicate`.
+        """
         if visits[0] != 0.0 or any(b <= a for a, b in pairwise(visits)):
             raise GliodeError(f"visits: {list(visits)} must start at day 0 (the first scan) and increase")
-        w = self.operator.conductances(self.diffusivity(m["D_white"], m["D_grey"]))
-        u = self.seed_state(torch.stack([m["x"], m["y"], m["z"]]))
-        age = float(m["age"].detach())
-        if age <= 0:
-            raise GliodeError(f"age: {age} days must be positive")
-        rho, days, found = m["rho"], [-age, *(float(v) for v in visits)], []
+        first_day = -float(age.detach())
+        if first_day >= 0:
+            raise GliodeError(f"age: {-first_day} days must be positive")
+        w = self.operator.conductances(D)
+        days, found = [first_day, *(float(v) for v in visits)], []
         for start, end in pairwise(days):
             events = [t for t in self.therapy if start < t.day <= end]
             edges = [start, *sorted({t.day for t in events} | {end})]
             for a, b in pairwise(edges):
-                first = a == days[0]
-                length = m["age"] + b if first else torch.tensor(b - a, dtype=torch.float64)
+                first = a == first_day
+                length = age + b if first else torch.tensor(b - a, dtype=torch.float64)
                 steps = age_steps if first and age_steps else self.steps_for(b - a)
                 u = self._evolution(u, length, steps, w, rho)
                 for treatment in (t for t in events if t.day == b):

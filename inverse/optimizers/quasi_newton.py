@@ -102,7 +102,7 @@ def _bounded(
     problem: InverseProblem, m0: Start, memory: int, stopping: Stopping, callback: Callback | None
 ) -> Result:
     scale = problem.space.scaling()
-    if scale is None or problem.bounds is None:
+    if scale is None or problem.bounds is None or problem.space.comm is not None:
         raise GliodeError(
             "quasi_newton: bounds need a diagonal metric of replicated parameters (Euclidean); "
             "leave the bounds out, or use parameters in which they are at infinity (logarithms)"

@@ -13,7 +13,17 @@ from torch import Tensor
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 
 from solvers.errors import GliodeError
-from solvers.spaces import Communicator, DepthSobolev, Euclidean, GramSpace, Product, Space, reduce, replicate
+from solvers.spaces import (
+    Communicator,
+    DepthSobolev,
+    Diagonal,
+    Euclidean,
+    GramSpace,
+    Product,
+    Space,
+    reduce,
+    replicate,
+)
 
 
 def random(*shape: int) -> Tensor:
@@ -38,7 +48,9 @@ def all_spaces() -> list[Space]:
     gram, _ = sparse_space()
     depth = DepthSobolev(times, (2, 3), 0.4)
     scaled = Euclidean(3, torch.tensor([0.1, 1.0, 20.0]))
-    return [Euclidean(4), scaled, gram, depth, Product({"field": gram, "w": depth, "scalars": scaled})]
+    lumped = Diagonal(torch.tensor([0.5, 2.0, 1.5]).double())
+    product = Product({"field": gram, "w": depth, "scalars": scaled})
+    return [Euclidean(4), scaled, gram, lumped, depth, product]
 
 
 @pytest.mark.parametrize("space", all_spaces(), ids=lambda s: type(s).__name__)
@@ -216,3 +228,11 @@ def test_distributed_fields_pair_and_differentiate_as_in_serial() -> None:
     (gradient,) = torch.autograd.grad(0.5 * parallel.pairing(parallel.gram(b), b), b)
     torch.testing.assert_close(gradient, parallel.gram(b.detach()))
     assert parallel.dual_norm(gradient) == pytest.approx(serial.norm(a), rel=1e-14)
+
+
+def test_a_diagonal_metric_states_its_scaling_and_refuses_weights_without_one() -> None:
+    space, a = Diagonal(torch.tensor([0.5, 2.0]).double()), torch.tensor([2.0, 3.0]).double()
+    assert space.inner(a, a) == pytest.approx(0.5 * 4 + 2 * 9)
+    torch.testing.assert_close((a / space.scaling()).square().sum().item(), 20.0)
+    with pytest.raises(GliodeError, match="positive"):
+        Diagonal(torch.tensor([0.5, 0.0]).double())
