@@ -34,20 +34,20 @@ def _affine_into(out: Tensor | None, x: Tensor, W: Tensor, b: Tensor) -> Tensor:
     return z.view(*x.shape[:-1], -1) if out is None else out
 
 
-def _product(out: Tensor, g: Tensor, W: Tensor) -> Tensor:
-    """g W, row by row, into `out`, off the tape."""
-    torch.mm(_flat(g), W, out=_flat(out))
-    return out
+def _product(out: Tensor, g: Tensor, W: Tensor, scale: float) -> None:
+    """scale g W, row by row, into `out`, off the tape."""
+    out = _flat(out)
+    torch.addmm(out, _flat(g), W, beta=0, alpha=scale, out=out)
 
 
-def _affine(g: Tensor, x: Tensor, into: Sequence[Tensor | None]) -> None:
-    """Adds the gradients of W and b in z = W x + b, where g is that of z."""
+def _affine(g: Tensor, x: Tensor, scale: float, into: Sequence[Tensor | None]) -> None:
+    """Adds the gradients of W and b in z = W x + b, where scale g is that of z."""
     weight, bias = into
     g = _flat(g)
     if weight is not None:
-        weight.addmm_(g.t(), _flat(x))
+        weight.addmm_(g.t(), _flat(x), alpha=scale)
     if bias is not None:
-        bias.add_(g.sum(0))
+        bias.add_(g.sum(0), alpha=scale)
 
 
 class _Layered(VectorField):
@@ -133,12 +133,13 @@ class Standalone(_Layered):
         saved: Saved,
         w: Sequence[Tensor],
         p: Tensor,
+        scale: float,
         into: Sequence[Tensor | None],
         out: Tensor,
     ) -> None:
         g = self.sigma.pullback(p, saved[0])
-        _affine(g, x, into)
-        _product(out, g, w[0])
+        _affine(g, x, scale, into)
+        _product(out, g, w[0], scale)
 
 
 class ODENet(_Layered):
@@ -175,14 +176,15 @@ class ODENet(_Layered):
         saved: Saved,
         w: Sequence[Tensor],
         p: Tensor,
+        scale: float,
         into: Sequence[Tensor | None],
         out: Tensor,
     ) -> None:
         if into[2] is not None:
-            into[2].add_((p * saved[0]).sum())
+            into[2].add_((p * saved[0]).sum(), alpha=scale)
         g = self.sigma.pullback(p * w[2], saved[1])
-        _affine(g, x, into[:2])
-        _product(out, g, w[0])
+        _affine(g, x, scale, into[:2])
+        _product(out, g, w[0], scale)
 
 
 class GradientFlow(_Layered):
@@ -209,7 +211,7 @@ class GradientFlow(_Layered):
 
     def push(self, x: Tensor, w: Sequence[Tensor], out: Tensor) -> Saved:
         value, saved = self._open(x, w[0], w[1])
-        _product(out, value, w[0]).neg_()
+        _product(out, value, w[0], -1.0)
         return value, saved
 
     def pull(
@@ -218,14 +220,15 @@ class GradientFlow(_Layered):
         saved: Saved,
         w: Sequence[Tensor],
         p: Tensor,
+        scale: float,
         into: Sequence[Tensor | None],
         out: Tensor,
     ) -> None:
         if into[0] is not None:
-            into[0].addmm_(_flat(saved[0]).t(), _flat(p), alpha=-1)
-        g = self.sigma.pullback((p @ w[0].t()).neg_(), saved[1])
-        _affine(g, x, into)
-        _product(out, g, w[0])
+            into[0].addmm_(_flat(saved[0]).t(), _flat(p), alpha=-scale)
+        g = self.sigma.pullback(p @ w[0].t(), saved[1])
+        _affine(g, x, -scale, into)
+        _product(out, g, w[0], -scale)
 
 
 class TwoLayer(_Layered):
@@ -259,10 +262,11 @@ class TwoLayer(_Layered):
         saved: Saved,
         w: Sequence[Tensor],
         p: Tensor,
+        scale: float,
         into: Sequence[Tensor | None],
         out: Tensor,
     ) -> None:
-        _affine(p, saved[0], into[2:])
+        _affine(p, saved[0], scale, into[2:])
         g = self.sigma.pullback(p @ w[2], saved[1])
-        _affine(g, x, into[:2])
-        _product(out, g, w[0])
+        _affine(g, x, scale, into[:2])
+        _product(out, g, w[0], scale)

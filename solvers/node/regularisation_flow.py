@@ -121,11 +121,12 @@ class RegularisationFlow(GradientFlow):
         saved: Saved,
         w: Sequence[Tensor],
         p: Tensor,
+        scale: float,
         into: Sequence[Tensor | None],
         out: Tensor,
     ) -> None:
-        super().pull(x, saved, w[:2], p, into[:2], out)
-        Ap = self.forward_map(p)
+        Ap = self.forward_map(p)  # before the network spoils p
+        super().pull(x, saved, w[:2], p, scale, into[:2], out)
         if into[2] is not None:
-            into[2].add_(Ap.sum_to_size(into[2].shape), alpha=self.weight)
-        out.sub_(self.adjoint_map(Ap), alpha=self.weight)
+            into[2].add_(Ap.sum_to_size(into[2].shape), alpha=scale * self.weight)
+        out.sub_(self.adjoint_map(Ap), alpha=scale * self.weight)

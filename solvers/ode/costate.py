@@ -80,7 +80,7 @@ class _Backwards(torch.autograd.Function):
                 rows = plan.rows(tables, n, i)
                 k, L, parts = torch.empty_like(x), torch.empty_like(x), [torch.zeros_like(r) for r in rows]
                 saved = plan.field.push(X, rows, k)
-                plan.field.pull(X, saved, rows, P.clone(), parts, L)
+                plan.field.pull(X, saved, rows, P.clone(), 1.0, parts, L)
                 K.append(k)
                 M.append(-L)
                 for g, index, part in zip(found, plan.index, parts, strict=True):

@@ -5,6 +5,9 @@ With lambda the costate after the step, the adjoint of the step runs its stages 
     kappa_i = h (b_i lambda + sum_(j > i) a_ji L_j),    L_i = (d_x f(X_i))^T kappa_i,
     lambda <- lambda + sum_i L_i,    dJ/dw += (d_w f(X_i))^T kappa_i,    dJ/dh = sum_i <kappa_i, K_i> / h.
 
+`adjoint` holds kappa_i / (h s_i), where s_i = b_i unless that is 0 (`Plan.reverse`): then the costate enters
+as it is, and the field multiplies its products by h s_i on the way, which costs it nothing.
+
 Where b_i != 0, kappa_i = h b_i Lambda_i with Lambda_i the stage values of the symplectic partner scheme
 (`Tableau.partner`) applied to the adjoint problem -p' = (d_x f)^T p: the recursion is that scheme multiplied
 out, and undivided, so it needs no b_i != 0 (Sanz-Serna 2016, section 3; Benning et al. 2019).
@@ -59,41 +62,41 @@ def adjoint(
 
     x, K, saved: what `forward` had and gave.
     """
-    kappa = work.kappa
-    L: dict[int, Tensor] = {}
-    late: list[Tensor] = []  # the L_i that are not in the costate yet, which other stages still read
-    slope: Tensor | None = None
-    # In units of h where dJ/dh is wanted: a learned time step may be 0, so kappa / h must not be formed.
-    unit = 1.0 if learned else h
-    for i in reversed(plan.stages):
-        own_q, own_p = plan.weight(i)
-        later = [term for term in plan.a_adjoint[i] if term[0] in L]
-        if not (own_q or own_p or later):
-            continue
-        if own_q == own_p:
-            torch.mul(costate, own_q * unit, out=kappa)
+    kappa, L, slope = work.kappa, dict[int, Tensor](), None
+    late: list[Tensor] = []  # the L_i that are not in the costate yet
+    for i, scale, own, later in plan.reverse:
+        if own != (1.0, 1.0):
+            combine(kappa.copy_(scaled(costate, *own)), L, later, 1.0, kappa)
+        elif later:
+            combine(costate, L, later, 1.0, kappa)
         else:
-            kappa.copy_(scaled(costate, own_q * unit, own_p * unit))
-        combine(kappa, L, later, unit, kappa)
+            kappa.copy_(costate)
         if learned:
-            part = (kappa * K[i]).sum()
+            part = (kappa * K[i]).sum() * scale
             slope = part if slope is None else slope + part
-            kappa.mul_(h)
         X = work.X[n].get(i, x)
         if work.from_values:
             X, out = combine(x, K, plan.a[i], h, X), K[i]
         elif X is not x:
             out = X
-        else:
-            out = late[0] if late and i == 0 else torch.empty_like(x)
-        if i == 0:
-            for one in late:
-                costate.add_(one)
+        elif i == 0 and late:  # no stage is left that reads them
+            out = late[0]
+            _add(costate, late, work.L[n])
             late = []
-        gw = [None if g is None else g[index[n][i]] for g, index in zip(into, plan.index, strict=True)]
-        plan.field.pull(X, saved[i], plan.rows(tables, n, i), kappa, gw, out)
+        else:
+            out = torch.empty_like(x)
+        gw = [None if g is None else g[index[n][i]] for g, index in into]
+        plan.field.pull(X, saved[i], plan.rows(tables, n, i), kappa, h * scale, gw, out)
         L[i] = out
         late.append(out)
-    for one in late:
-        costate.add_(one)
+    _add(costate, late, work.L[n])
     return slope
+
+
+def _add(costate: Tensor, late: Sequence[Tensor], columns: Tensor) -> None:
+    """Adds them all; in one product where they are all the columns of that matrix."""
+    if len(late) == columns.shape[1] > 1:
+        costate.view(-1).addmv_(columns, columns.new_ones(len(late)))
+    else:
+        for one in late:
+            costate.add_(one)

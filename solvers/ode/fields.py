@@ -74,11 +74,12 @@ class VectorField(nn.Module):
         saved: Saved,
         w: Sequence[Tensor],
         p: Tensor,
+        scale: float,
         into: Sequence[Tensor | None],
         out: Tensor,
     ) -> None:
-        """(d_x f)^T p into `out`; adds (d_w f)^T p to the tensors of `into` that are not None. p may be
-        spoilt; `out` may be the memory of x, or that into which `push` wrote, so it is written last.
+        """scale (d_x f)^T p into `out`; adds scale (d_w f)^T p to the tensors of `into` that are not None. p
+        may be spoilt; `out` may be the memory of x, or that into which `push` wrote, so it is written last.
         """
         k, *leaves = saved
         out.zero_()
@@ -86,7 +87,7 @@ class VectorField(nn.Module):
             return
         into = (out, *into)
         wanted = [leaf for leaf, g in zip(leaves, into, strict=True) if g is not None]
-        parts = iter(torch.autograd.grad(k, wanted, p, retain_graph=True, allow_unused=True))
+        parts = iter(torch.autograd.grad(k, wanted, p.mul_(scale), retain_graph=True, allow_unused=True))
         for g in into:
             part = None if g is None else next(parts)
             if g is not None and part is not None:
@@ -148,9 +149,10 @@ class Forced(VectorField):
         saved: Saved,
         w: Sequence[Tensor],
         p: Tensor,
+        scale: float,
         into: Sequence[Tensor | None],
         out: Tensor,
     ) -> None:
         if into[-1] is not None:
-            into[-1].add_(p)
-        self.field.pull(x, saved, w[:-1], p, into[:-1], out)
+            into[-1].add_(p, alpha=scale)
+        self.field.pull(x, saved, w[:-1], p, scale, into[:-1], out)

@@ -93,7 +93,7 @@ def adjoint(
         for i in plan.stages:
             X = combine(x, K, plan.a[i], h, work.X[n].get(i, x))
             given = work.kappa.copy_(kappa[i])
-            plan.field.pull(X, saved[i], plan.rows(tables, n, i), given, gradients(i), found[i])
+            plan.field.pull(X, saved[i], plan.rows(tables, n, i), given, 1.0, gradients(i), found[i])
         return found
 
     # In units of h, which may be 0: u = kappa / h.
@@ -105,8 +105,7 @@ def adjoint(
         return u - torch.stack([combined(zero, L, plan.a_adjoint[i], h) for i in plan.stages])
 
     u = _solved(lambda u: (own - product(u), product), own, float(torch.linalg.vector_norm(own)))
-    pairs = list(zip(into, plan.index, strict=True))
-    costate += pulled(u * h, lambda i: [None if g is None else g[index[n][i]] for g, index in pairs]).sum(0)
+    costate += pulled(u * h, lambda i: [None if g is None else g[index[n][i]] for g, index in into]).sum(0)
     return (u * torch.stack(tuple(K))).sum() if learned else None
 
 

@@ -244,9 +244,10 @@ class _Sweep:
         assert work is not None
         steps, tables = self.like
         found = [torch.zeros_like(t) if n else None for t, n in zip(tables, needed[2:], strict=True)]
-        into = [None if g is None else g.unbind(0) for g in found]
+        parts = [None if g is None else g.unbind(0) for g in found]
+        into = list(zip(parts, self.plan.index, strict=True))
         slopes = []
-        costate = (grad[-1] if trajectory else grad).clone()
+        costate = (grad[-1] if trajectory else grad).clone(memory_format=torch.contiguous_format)
         for n in reversed(range(len(self.h))):
             saved = work.saved[n] if self.keep else self._forward(work, n, torch.empty_like(costate))
             slope = self.method.adjoint(

@@ -12,9 +12,7 @@ from solvers.ode.tableau import Array, Tableau
 
 Terms = list[tuple[int, float, float]]  # (stage, coefficient for q, for p); equal where not partitioned
 Tables = Sequence[Sequence[Tensor]]
-
-
-Into = Sequence[Sequence[Tensor] | None]
+Into = Sequence[tuple[Sequence[Tensor] | None, Rows]]
 
 
 class Workspace:
@@ -23,24 +21,32 @@ class Workspace:
     states[n], n <= steps, of which the last is the result; K[n][i] the stage values and X[n][i] the states of
     the stages that do not start from states[n] itself. `keep`: of every step, not of one only, what the
     backward pass starts from, the stage values, of which it makes the states again (`from_values`), or the
-    states; it writes over what it has used. saved[n][i]: what the field saved; kappa: scratch.
+    states; it writes the L_i of explicit.py over what it has used: L[n] is that memory as a matrix, a column
+    for each. saved[n][i]: what the field saved; kappa: scratch.
     """
 
     def __init__(self, plan: Plan, x: Tensor, steps: int, keep: bool, from_values: bool) -> None:
-        def slots(kept: bool, count: int) -> list[tuple[Tensor, ...]]:
+        def slots(kept: bool, count: int) -> list[Tensor]:
             rows = x.new_empty((steps if kept else 1, count, *x.shape)).unbind(0)
-            return [row.unbind(0) for row in rows] * (1 if kept else steps)
+            return list(rows) * (1 if kept else steps)
+
+        def columns(rows: Sequence[Tensor]) -> list[Tensor]:
+            return [row.flatten(1).t() for row in rows]
 
         self.from_values = from_values
-        self.states = [x, *x.new_empty((steps - 1, *x.shape)).unbind(0), torch.empty_like(x)]
-        self.K = slots(keep and from_values, len(plan.stages))
+        self.states = [x, *x.new_empty((steps - 1, *x.shape)).unbind(0), x.new_empty(x.shape)]
+        values = slots(keep and from_values, len(plan.stages))
+        self.K: list[Sequence[Tensor]] = [row.unbind(0) for row in values]
+        self.L = columns(values)
         moved = [i for i in plan.stages if plan.a[i]]
         if from_values:
             self.X = [dict.fromkeys(moved, torch.empty_like(x))] * steps
         else:
-            self.X = [dict(zip(moved, row, strict=True)) for row in slots(keep, len(moved))]
+            starts = slots(keep, len(moved))
+            self.X = [dict(zip(moved, row.unbind(0), strict=True)) for row in starts]
+            self.L = columns(starts)
         self.saved: list[list[Saved]] = []
-        self.kappa = torch.empty_like(x)
+        self.kappa = x.new_empty(x.shape)
 
 
 class Plan:
@@ -59,6 +65,23 @@ class Plan:
         self.a_adjoint = [terms(A[:, i], None if A_p is None else A_p[:, i]) for i in self.stages]
         self.b = terms(scheme.b, scheme.b_p)
         self._own_weight = {j: (q, p) for j, q, p in self.b}
+        self.reverse = self._backwards()
+
+    def _backwards(self) -> list[tuple[int, float, tuple[float, float], Terms]]:
+        """Of each stage that matters, last first: the stage, s, and kappa / (h s) as shares of the costate
+        (for q, for p) and of the L_j of later stages.
+        """
+        found: list[tuple[int, float, tuple[float, float], Terms]] = []
+        for i in reversed(self.stages):
+            own = self.weight(i)
+            later = [term for term in self.a_adjoint[i] if any(term[0] == earlier[0] for earlier in found)]
+            if own[0] == own[1] != 0:
+                scale = own[0]
+                terms = [(j, q / scale, p / scale) for j, q, p in later]
+                found.append((i, scale, (1.0, 1.0), terms))
+            elif any(own) or later:
+                found.append((i, 1.0, own, later))
+        return found
 
     def weight(self, i: int) -> tuple[float, float]:
         """b_i for q and for p."""

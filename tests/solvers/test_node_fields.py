@@ -33,6 +33,7 @@ FIELDS: dict[str, Callable[..., VectorField]] = {
     "GradientFlow": lambda *how, **more: GradientFlow(DIM, WIDTH, *how, **more),
     "TwoLayer": lambda *how, **more: TwoLayer(DIM, WIDTH, *how, **more),
 }
+SCALE = -0.7  # of the products that `pull` adds
 SHAPES = [(DIM,), (5, DIM), (2, 4, DIM)]
 KINDS = [("linear", 3), ("cubic", 4), ("steps", STEPS), ("constant", 1)]
 
@@ -165,7 +166,7 @@ def test_push_and_pull_are_the_right_hand_side_and_its_transpose(name: str, sigm
         x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
         w, p = rows(field), torch.randn(shape, dtype=torch.float64)
         expected = field.rhs(x, *w)
-        wanted = torch.autograd.grad(expected, (x, *w), p)
+        wanted = torch.autograd.grad(expected, (x, *w), SCALE * p)
         with torch.no_grad():
             out, state, bare = torch.empty(shape, dtype=torch.float64), x.detach(), [v.detach() for v in w]
             saved = field.push(state, bare, out)
@@ -173,16 +174,16 @@ def test_push_and_pull_are_the_right_hand_side_and_its_transpose(name: str, sigm
             start = [torch.randn_like(v) for v in bare]
             into = [g.clone() for g in start]
             pulled = torch.empty_like(out)
-            field.pull(state, saved, bare, p.clone(), into, pulled)
+            field.pull(state, saved, bare, p.clone(), SCALE, into, pulled)
             close([pulled, *(g - s for g, s in zip(into, start, strict=True))], wanted)
             saved, nothing = field.push(state, bare, out), [None] * len(bare)
-            field.pull(state, saved, bare, p.clone(), nothing, pulled)
+            field.pull(state, saved, bare, p.clone(), SCALE, nothing, pulled)
             close([pulled], wanted[:1])
             for k in range(len(bare)):
                 alone: list[Tensor | None] = [
                     torch.zeros_like(v) if j == k else None for j, v in enumerate(bare)
                 ]
-                field.pull(state, field.push(state, bare, out), bare, p.clone(), alone, pulled)
+                field.pull(state, field.push(state, bare, out), bare, p.clone(), SCALE, alone, pulled)
                 close([g for g in alone if g is not None], [wanted[1 + k]])
 
 

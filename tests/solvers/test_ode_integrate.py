@@ -72,12 +72,13 @@ class Knots(VectorField):
         saved: Saved,
         w: Sequence[Tensor],
         p: Tensor,
+        scale: float,
         into: Sequence[Tensor | None],
         out: Tensor,
     ) -> None:
         if not self.by_hand:
-            return super().pull(x, saved, w, p, into, out)
-        p *= 1 - saved[0] ** 2
+            return super().pull(x, saved, w, p, scale, into, out)
+        p *= scale * (1 - saved[0] ** 2)
         if into[0] is not None:
             into[0] += p.flatten(0, -2).T @ x.flatten(0, -2)
         torch.matmul(p, w[0], out=out)
