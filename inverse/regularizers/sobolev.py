@@ -6,12 +6,11 @@ too, use Tikhonov in a Sobolev space.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 from torch import Tensor
 
-from solvers.errors import GliodeError
+from inverse.regularizers.interface import checked_weight
 from solvers.spaces import Communicator, reduce, symmetric
 
 
@@ -29,9 +28,7 @@ class Seminorm:
         reference: Tensor | None = None,
         comm: Communicator | None = None,
     ) -> None:
-        if not (math.isfinite(weight) and weight > 0):
-            raise GliodeError(f"Seminorm: the weight must be positive and finite, got {weight}")
-        self.stiffness, self.weight, self.comm = stiffness, weight, comm
+        self.stiffness, self.weight, self.comm = stiffness, checked_weight("Seminorm", weight), comm
         self.reference = None if reference is None else reference.detach().clone()
 
     def _away(self, m: Tensor) -> Tensor:

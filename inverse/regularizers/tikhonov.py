@@ -6,11 +6,9 @@ logarithm of a Gaussian prior of those standard deviations (up to a constant).
 
 from __future__ import annotations
 
-import math
-
 from torch import Tensor
 
-from solvers.errors import GliodeError
+from inverse.regularizers.interface import checked_step, checked_weight
 from solvers.spaces import Space
 
 
@@ -18,12 +16,15 @@ class Tikhonov:
     """weight / 2 ||m - reference||^2; reference None is zero. Called, it is on the tape to any order."""
 
     def __init__(self, space: Space, weight: float = 1.0, reference: Tensor | None = None) -> None:
-        if not (math.isfinite(weight) and weight > 0):
-            raise GliodeError(f"Tikhonov: the weight must be positive and finite, got {weight}")
         if reference is not None:
             space.check(reference, "Tikhonov: reference")
-        self.space, self.weight = space, weight
+        self.space, self.weight = space, checked_weight("Tikhonov", weight)
         self.reference = None if reference is None else reference.detach().clone()
+
+    @property
+    def separable(self) -> bool:
+        """Whether its prox acts on each entry by itself: in a diagonal metric."""
+        return self.space.scaling() is not None
 
     def _away(self, m: Tensor) -> Tensor:
         return m if self.reference is None else m - self.reference
@@ -40,3 +41,9 @@ class Tikhonov:
     def hessian_action(self, m: Tensor, d: Tensor) -> Tensor:
         """The dual R''(m) d = weight G d."""
         return self.weight * self.space.gram(d)
+
+    def prox(self, m: Tensor, step: float) -> Tensor:
+        """argmin_z R(z) + ||z - m||^2 / (2 step) = (m + a reference) / (1 + a), a = weight step."""
+        a = self.weight * checked_step("Tikhonov", step)
+        away = m.detach() / (1 + a)
+        return away if self.reference is None else away + a / (1 + a) * self.reference
