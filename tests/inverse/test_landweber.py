@@ -12,7 +12,7 @@ from inverse.optimizers.iteration import Iterate
 from inverse.problem import Bound, InverseProblem, LeastSquares
 from inverse.stopping import Discrepancy, GradientTolerance, MaxIterations
 from solvers.errors import GliodeError
-from solvers.spaces import Euclidean, GramSpace, Space
+from solvers.spaces import Communicator, Diagonal, Euclidean, GramSpace, Space, reduce
 
 
 def linear(
@@ -82,6 +82,80 @@ def test_the_discrepancy_principle_regularises() -> None:
     assert (torch.linalg.solve(a, y) - truth).norm() > 10 * truth.norm()
 
 
+def smooth(
+    n: int = 40, comm: Communicator | None = None, own: slice = slice(None)
+) -> tuple[LeastSquares, Tensor]:
+    """Deconvolution of a step from noisy data; the unknowns may be distributed. And the truth."""
+    x = np.linspace(0, 1, n)
+    a = torch.from_numpy(np.exp(-(((x[:, None] - x) / 0.1) ** 2)) / 8)
+    truth = torch.from_numpy(np.where(x < 0.4, 1.0, 0.2))
+    y = a @ truth + 1e-3 * torch.from_numpy(np.random.default_rng(0).standard_normal(n))
+    space = Diagonal(torch.full((n,), 1 / n).double()[own], comm)
+
+    def forward(m: Tensor) -> Tensor:
+        return reduce(a[:, own] @ m, comm)
+
+    return LeastSquares(space, forward, y, 1e-3), truth[own]
+
+
+def test_nesterov_s_acceleration_is_the_two_point_iteration() -> None:
+    """By hand: z = m + k/(k+3) (m - m_old), then a gradient step; no momentum is lost in these steps."""
+    problem, a, y = linear()
+    omega, k = 0.02, 9
+    result = landweber.minimise(
+        problem, torch.zeros(4).double(), omega, "nesterov", stopping=MaxIterations(k)
+    )
+    m = z = torch.zeros(4).double()
+    for j in range(k):
+        m_new = z - omega * a.mT @ (a @ z - y)
+        z = m_new + j / (j + 3) * (m_new - m)
+        m = m_new
+    torch.testing.assert_close(result.m, z, rtol=1e-12, atol=1e-14)
+    assert result.counts == {"forward": k + 1, "adjoint": k + 1, "tangent": 0}
+
+
+def test_nesterov_reaches_the_discrepancy_in_about_the_square_root_of_the_iterations() -> None:
+    """And its record falls; both estimates are as good."""
+    problem, truth = smooth()
+    stopping = (Discrepancy(1.2, 40**0.5), MaxIterations(20_000))
+    plain, fast = (
+        landweber.minimise(problem, torch.zeros(40).double(), acceleration=kind, stopping=stopping)
+        for kind in (None, "nesterov")
+    )
+    assert plain.stopped_by == fast.stopped_by == "Discrepancy"
+    assert fast.iterations <= 4 * plain.iterations**0.5 < plain.iterations
+    assert all(a["value"] <= b["value"] * (1 + 1e-12) for b, a in pairwise(fast.history))
+    errors = [float((result.m - truth).norm()) for result in (plain, fast)]
+    assert errors[1] < 1.05 * errors[0] < 0.15 * float(truth.norm())
+
+
+def test_an_accelerated_run_resumes_to_the_same_numbers_and_keeps_bounds() -> None:
+    problem, _, _ = linear(bounds=(-0.2, 0.2))
+    start = torch.zeros(4).double()
+    whole = landweber.minimise(problem, start, acceleration="nesterov", stopping=MaxIterations(9))
+    part = landweber.minimise(problem, start, acceleration="nesterov", stopping=MaxIterations(5))
+    rest = landweber.minimise(problem, part.state_dict(), acceleration="nesterov", stopping=MaxIterations(9))
+    assert rest.m.tolist() == whole.m.tolist() and float(rest.m.abs().max()) <= 0.2
+
+
+@pytest.mark.parametrize("acceleration", [None, "nesterov"])
+@pytest.mark.mpi
+def test_on_two_ranks_it_is_the_serial_iteration(acceleration: str | None) -> None:
+    from mpi4py import MPI
+
+    comm = MPI.COMM_WORLD
+    own = slice(comm.rank * 40 // comm.size, (comm.rank + 1) * 40 // comm.size)
+    serial, parallel = smooth()[0], smooth(40, comm, own)[0]
+    one, all_ = (
+        landweber.minimise(
+            problem, problem.space.zeros(), acceleration=acceleration, stopping=MaxIterations(30)
+        )
+        for problem in (serial, parallel)
+    )
+    torch.testing.assert_close(all_.m, one.m[own], rtol=1e-9, atol=1e-12)
+    assert all_.value == pytest.approx(one.value, rel=1e-10)
+
+
 def test_a_killed_run_resumes_to_the_same_numbers() -> None:
     start = torch.zeros(4).double()
     whole = landweber.minimise(linear()[0], start, stopping=MaxIterations(9))
@@ -98,6 +172,10 @@ def test_unusable_options_are_refused() -> None:
         landweber.minimise(linear()[0], start, step=-1.0)
     with pytest.raises(GliodeError, match="'big'"):
         landweber.minimise(linear()[0], start, step="big")
+    with pytest.raises(GliodeError, match="'heavy ball'"):
+        landweber.minimise(linear()[0], start, acceleration="heavy ball")
+    with pytest.raises(GliodeError, match="fixed step"):
+        landweber.minimise(linear()[0], start, "line_search", "nesterov")
     saved = landweber.minimise(linear()[0], start, stopping=MaxIterations(2)).state_dict()
     with pytest.raises(GliodeError, match="saved by landweber"):
         quasi_newton.minimise(linear()[0], saved)
