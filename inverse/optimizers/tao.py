@@ -138,7 +138,7 @@ class _Bridge:
         tao.setTolerances(gatol=0.0, grtol=0.0, gttol=0.0)
         tao.setMaximumIterations(10**9)
         tao.setMaximumFunctionEvaluations(10**9)
-        tao.setConvergenceTest(self._accepted)
+        tao.setMonitor(self._accepted)  # petsc4py 3.25 never calls a convergence test
         tao.setFromOptions()
         for key in chosen:
             del options[prefix + key]

@@ -19,7 +19,7 @@ from inverse.regularizers.tikhonov import Tikhonov
 from solvers.errors import GliodeError
 from solvers.spaces import Space, reduce
 
-EXACT = 2_000  # entries up to which the variance is exact by default
+EXACT = 20_000  # entries up to which the variance is exact
 RANK, DRAWS = 100, 200
 
 
@@ -82,7 +82,7 @@ class GaussianPrior(Tikhonov):
         comm: Any = self.space.comm
         n = self.space.size
         sizes = [n] if comm is None else comm.allgather(n)
-        if sum(sizes) > 10 * EXACT:
+        if sum(sizes) > EXACT:
             raise GliodeError(
                 f"variance: {sum(sizes)} entries are too many to do exactly; pass a generator for an estimate"
             )

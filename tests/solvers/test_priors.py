@@ -144,6 +144,8 @@ def test_the_boundary_mass_is_the_surface_with_or_without_the_large_faces() -> N
     for thin, area in ((None, 2 * (60 * 40 + 60 * 4 + 40 * 4)), (2, 2 * (60 * 4 + 40 * 4))):
         total = COMM.allreduce(float(priors.boundary_mass(slab, thin).sum()))
         assert total == pytest.approx(area, rel=1e-12)
+    for domain, size in ((square(9), 4.0), (mesh.interval(7.0, 30), 2.0)):
+        assert COMM.allreduce(float(priors.boundary_mass(domain).sum())) == pytest.approx(size, rel=1e-12)
 
 
 def test_bad_values_are_named() -> None:
