@@ -46,7 +46,9 @@ class Proximable(Protocol):
     """
 
     weight: float
-    space: Space
+
+    @property
+    def space(self) -> Space: ...
 
     @property
     def separable(self) -> bool: ...
@@ -85,8 +87,8 @@ def checked_diagonal(name: str, space: Space) -> Space:
     """The space; raises GliodeError unless its metric is diagonal."""
     if space.scaling() is None:
         raise GliodeError(
-            f"{name}: acts on each entry by itself, which is a prox in a diagonal metric only; take Euclidean, "
-            "Diagonal, or `lumped` of a domain"
+            f"{name}: acts on each entry by itself, which is a prox in a diagonal metric only; take "
+            "Euclidean, Diagonal, or `lumped` of a domain"
         )
     return space
 
@@ -94,9 +96,7 @@ def checked_diagonal(name: str, space: Space) -> Space:
 def checked_weight(name: str, weight: float) -> float:
     """The weight; raises GliodeError unless it is positive and finite."""
     if not (math.isfinite(weight) and weight > 0):
-        raise GliodeError(
-            f"{name}: the weight must be positive and finite, got {weight}; to do without, leave it out"
-        )
+        raise GliodeError(f"{name}: the weight must be positive and finite, got {weight}")
     return float(weight)
 
 

@@ -91,10 +91,10 @@ class TotalVariation:
 
     smoothing: eps >= 0, a slope in units of m per mm: the smallest that counts as an edge; 0 is the exact
     one. lagged: let the second derivative (the tape's too) be that of lagged diffusivity (Vogel and Oman
-    1996), D^T W / sqrt(|D m|^2 + eps^2) D, never below the exact one: Newton's method then converges from
-    afar also where eps is small, though linearly. tolerance: of the prox, the relative error
-    ||z - prox|| / ||m|| that its duality gap certifies (the true one is some tens of times smaller), in at
-    most `iterations`.
+    1996), D^T W / sqrt(|D m|^2 + eps^2) D, never below the exact one: from afar Newton's method then comes
+    near in a few steps where the exact Hessian crawls, though its end is linear. tolerance: of
+    the prox, the relative error ||z - prox|| / ||m|| that its duality gap certifies (the true one is some
+    tens of times smaller), in at most `iterations`.
     """
 
     separable = False
@@ -170,24 +170,24 @@ class TotalVariation:
             )
         a = self.weight * checked_step("TotalVariation", step)
         m, operator, space = m.detach(), self.operator, self.space
-        w = operator.weights.to(m)[:, None]
-        bound = (a * operator.bound.to(m)).reshape(-1, 1)
+        w, length = operator.weights.to(m), 1 / (a * operator.bound.to(m)).reshape(-1, 1)
         limit = 0.5 * (self.tolerance * space.norm(m)) ** 2
         p = torch.zeros_like(operator(m)) if self.dual is None else self.dual
 
         def primal(p: Tensor) -> Tensor:
-            return m - a * space.riesz(operator.adjoint(w * p))
+            return m - a * space.riesz(operator.adjoint(w[:, None] * p))
 
         y, t, z, gap = p, 1.0, m, math.inf
         with torch.no_grad():
             for k in range(self.iterations):
                 slope = operator(primal(y))
-                new = y + slope / bound
-                new = new / torch.linalg.vector_norm(new, dim=1, keepdim=True).clamp(min=1)
+                new = torch.addcmul(y, slope, length)
+                new /= torch.linalg.vector_norm(new, dim=1, keepdim=True).clamp_(min=1)
+                move = new - p
                 # restart where the step turns against the momentum (O'Donoghue and Candes 2015)
-                turned = reduce((w * slope * (new - p)).sum(), space.comm)
-                t_next = (1 + math.sqrt(1 + 4 * t * t)) / 2 if turned >= 0 else 1.0
-                y = new + ((t - 1) / t_next) * (new - p) if turned >= 0 else new
+                along = reduce((slope * move).sum(1) @ w, space.comm) >= 0
+                t_next = (1 + math.sqrt(1 + 4 * t * t)) / 2 if along else 1.0
+                y = torch.add(new, move, alpha=(t - 1) / t_next) if along else new
                 p, t = new, t_next
                 if k % 5 == 4:
                     z = primal(p)
