@@ -1,4 +1,4 @@
-r"""How sure: the Laplace posterior of a few parameters, and model error in the likelihood.
+r"""How sure: the Laplace posterior of a few parameters, all its matrices dense.
 
 With J (N, n) the Jacobian of the whitened residuals at the estimate and P the prior covariance,
 
@@ -24,29 +24,11 @@ import torch
 from scipy.special import ndtri
 from torch import Tensor
 
+from inverse.uncertainty.model_error import ModelError
 from solvers.errors import GliodeError
-from solvers.spaces import Communicator, reduce, replicate
+from solvers.spaces import Communicator, reduce
 
 FIXED = 0.1  # posterior over prior variance
-
-
-class ModelError:
-    r"""Whitened residuals with covariance C = I + E E^T, E (N, k), rows distributed over `comm`.
-
-    With E^T E = V S^2 V^T the symmetric root needs k x k work only (Woodbury's identity, for C^(-1/2)):
-    C^(-1/2) = I - E V diag(1 / (s (1 + s))) V^T E^T, s = sqrt(1 + S^2).
-    """
-
-    def __init__(self, factor: Tensor, comm: Communicator | None = None) -> None:
-        self.factor, self.comm = factor.detach(), comm
-        values, vectors = torch.linalg.eigh(reduce(self.factor.mT @ self.factor, comm))
-        s = (1 + values.clamp(min=0)).sqrt()
-        self._core = -(vectors / (s * (1 + s))) @ vectors.mT
-
-    def whiten(self, r: Tensor) -> Tensor:
-        """C^(-1/2) r, on the tape; r (N,) or (N, columns)."""
-        inner = self._core @ reduce(self.factor.mT @ r, self.comm)
-        return r + self.factor @ replicate(inner, self.comm)
 
 
 @dataclass(frozen=True)
