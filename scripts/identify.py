@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from scripts import identify_fields
 from scripts.launching import Interrupted, Progress, Stop, missing_packages, pictures, run
 
 with missing_packages("identify.py"):
@@ -43,10 +44,13 @@ def main(
 ) -> None:
     """Find where the tumour of CASE started, how fast it spreads and grows, and its age, from its scans.
 
+    With `identify: {unknown: field}` it finds D(x), rho(x) or both in place of those numbers.
+
     Where the visits name files, those are the scans; else a tumour is grown from `truth`, scanned with noise,
     and hidden from the search. OUT gets the resolved case, result.json (estimates, intervals, which
     combinations the scans fix, counts), the recovered densities, scans and truth as NIfTI (maps/), the
-    recovered densities for ParaView (paraview/), and pictures.
+    recovered densities for ParaView (paraview/), and pictures; of fields maps of the estimate, its
+    standard deviation and the probability that the density exceeds a threshold.
 
     Several processes: mpirun -n 2 python scripts/identify.py CASE --out OUT. The search is saved after every
     iteration; when it is interrupted, the same command goes on from there.
@@ -68,6 +72,7 @@ def identify(comm: MPI.Comm, file: Path, out: Path, resume: bool, draw: bool) ->
         raise GliodeError(f"{file.name}: visits: no scans; name those to identify the tumour from")
     brain = study.anatomy_of(case)
     assert brain is not None  # a mesh has no scans
+    fields = case.identify.unknown == "field"
     settings = study.settings_of(case)
     results = Results(out, comm)
     with Stop(comm) as stop:
@@ -82,12 +87,17 @@ def identify(comm: MPI.Comm, file: Path, out: Path, resume: bool, draw: bool) ->
             results.begin(case)
         results.anatomy(brain)
         results.scans(scans, brain)
-        found = search(comm, case, brain, scans, results, resume, stop, settings)
-    record = write(case, brain, found, results, time.perf_counter() - begin)
+        if fields:
+            record = identify_fields.identify(comm, case, brain, scans, results, resume, stop)
+        else:
+            found = search(comm, case, brain, scans, results, resume, stop, settings)
+            record = write(case, brain, found, results)
+    record["seconds"] = round(time.perf_counter() - begin, 2)
+    results.finish(record)
     files = [out / "result.json", out / "maps"]
     files += pictures(comm, out, "identify.py") if draw else []
     if comm.rank == 0:
-        show(record)
+        identify_fields.show(record) if fields else show(record)
         for path in files:
             print(path)
 
@@ -95,6 +105,7 @@ def identify(comm: MPI.Comm, file: Path, out: Path, resume: bool, draw: bool) ->
 def hide(comm: MPI.Comm, case: Case, brain: Anatomy, stop: Stop) -> tuple[list[Scan], dict[str, Any]]:
     """Scans of a tumour grown from the case's truth, and its densities by the names of their maps."""
     from tumour import simulation, study
+    from tumour.fields_study import true_coefficients
     from tumour.results import day_name
     from tumour.simulation import Snapshot
 
@@ -114,7 +125,8 @@ def hide(comm: MPI.Comm, case: Case, brain: Anatomy, stop: Stop) -> tuple[list[S
             if stop.asked():
                 raise Interrupted("while the truth was growing")
 
-        states = simulation.grow(model, study.truth_of(case), days, tick=tick)
+        coefficients = true_coefficients(case, model)
+        states = simulation.grow(model, study.truth_of(case), days, None, tick, coefficients)
     scans = study.simulated_scans(case, model, brain, [states[day] for day in case.days])
     return scans, {
         f"truth_day{day_name(day)}": simulation.on_grid(domain, u, brain) for day, u in states.items()
@@ -167,10 +179,8 @@ def search(
         ).run()
 
 
-def write(
-    case: Case, brain: Anatomy, found: Identification, results: Results, seconds: float
-) -> dict[str, Any]:
-    """Write what was found; the record of result.json."""
+def write(case: Case, brain: Anatomy, found: Identification, results: Results) -> dict[str, Any]:
+    """Write what was found; the record of result.json but for seconds."""
     from tumour import simulation
     from tumour.results import day_name, identified
 
@@ -188,8 +198,6 @@ def write(
     results.film(domain, states)
     record = identified(case, found)
     record["days"] = [simulation.volumes(domain, day, states[day]) for day in sorted(states)]
-    record["seconds"] = round(seconds, 2)
-    results.finish(record)
     return record
 
 

@@ -191,13 +191,13 @@ def pictures(comm: MPI.Comm, folder: Path, script: str) -> list[Path]:
     try:
         made = make(folder)
         for note in made.notes:
-            if not note.startswith(("convergence", "estimates")):  # simulations have none
+            if not note.startswith(("convergence", "estimates", "fields", "source")):  # not all have them
                 print(f"{script}: left out {note}", file=sys.stderr)
         return made.paths
     except GliodeError as error:
         print(f"{script}: some pictures are missing: {error}", file=sys.stderr)
     flat = []
-    for kind in ("slices", "convergence", "estimates"):
+    for kind in ("slices", "convergence", "estimates", "fields", "source"):
         try:
             flat += make(folder, [kind]).paths
         except GliodeError:  # this result has none of the kind

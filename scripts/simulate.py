@@ -57,6 +57,7 @@ def simulate(comm: MPI.Comm, file: Path, out: Path, resume: bool, save_every: fl
     from solvers.errors import GliodeError
     from tumour import case as cases
     from tumour import simulation, study
+    from tumour.fields_study import true_coefficients
     from tumour.results import Results, day_name
 
     begin = time.perf_counter()
@@ -90,7 +91,8 @@ def simulate(comm: MPI.Comm, file: Path, out: Path, resume: bool, save_every: fl
             if asked and done < steps:
                 raise Interrupted(f"after step {done} of {steps}")
 
-        states = simulation.grow(model, parameters, days, keeper.start, tick)
+        coefficients = true_coefficients(case, model)
+        states = simulation.grow(model, parameters, days, keeper.start, tick, coefficients)
     files = [results.film(domain, states)]
     if brain is not None:
         results.anatomy(brain)

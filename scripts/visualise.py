@@ -24,6 +24,8 @@ class Kind(StrEnum):
     slices = "slices"
     convergence = "convergence"
     estimates = "estimates"
+    fields = "fields"
+    source = "source"
     growth = "growth"
     html = "html"
 
@@ -53,6 +55,10 @@ def main(
     convergence.png: misfit and gradient by iteration, and the rule that stopped the search.
 
     estimates.png: truth, estimate and 90 % interval of each parameter.
+
+    fields.png: coefficient fields: truth, estimate, standard deviation, chance of a tumour.
+
+    source.png: where it started: truth, estimate, standard deviation, probability.
 
     growth.png: the tumour at several days, and its volume against time.
 

@@ -138,6 +138,28 @@ class Anatomy:
             raise GliodeError(f"spacing {spacing}: give one or three voxel sides in mm, above 0.")
         return self._zoomed(sides / self.spacing)
 
+    def slab(self, axis: str, point: Sequence[float] | np.ndarray) -> Anatomy:
+        """The layer of voxels at `point` (RAS mm, in the brain) across `axis`, "x", "y" or "z".
+
+        One voxel thick: without flux through its faces what grows in it is two-dimensional. Of the brain it
+        keeps the part that hangs together with the point's voxel inside the layer.
+        """
+        if axis not in ("x", "y", "z"):
+            raise GliodeError(f"slice axis {axis!r}: give x (sagittal), y (coronal) or z (axial)")
+        self.require_inside(point, "slice")
+        across = int(np.abs(self.affine["xyz".index(axis), :3]).argmax())
+        at = np.floor(self.index(np.asarray(point)) + 0.5).astype(np.int64)
+        layer = tuple(slice(k, k + 1) if a == across else slice(None) for a, k in enumerate(at))
+        names, _ = ndimage.label(self.brain[layer])
+        at[across] = 0
+        kept = names == names[tuple(at)]
+        affine = self.affine.copy()
+        first = np.array([s.start or 0 for s in layer])
+        affine[:3, 3] += affine[:3, :3] @ first
+        white, grey = (np.where(kept, part[layer], 0.0) for part in (self.white, self.grey))
+        t1 = None if self.t1 is None else self.t1[layer]
+        return replace(self, white=white, grey=grey, fluid=self.fluid[layer], affine=affine, t1=t1)
+
     def _zoomed(self, zoom: np.ndarray) -> Anatomy:
         """New voxels `zoom` (3,) times as long; the grid keeps its corner at voxel coordinates -1/2."""
         affine = np.eye(4)

@@ -17,12 +17,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from tumour import case_reading
+from tumour import case_fields, case_reading
+from tumour.case_fields import Identify
 from tumour.case_reading import load_yaml, validated
 from tumour.case_sections import (
     Anatomy,
     Dated,
-    Identify,
     MeshFile,
     Mni152,
     Model,
@@ -30,11 +30,11 @@ from tumour.case_sections import (
     Scan,
     Section,
     Treatment,
-    Truth,
     Visit,
     Whole,
     problem,
 )
+from tumour.case_source import Locate, Truth
 
 
 class Case(Section):
@@ -49,6 +49,7 @@ class Case(Section):
     )
     therapy: list[Treatment] = Field(default=[], description="treatments")
     identify: Identify = Field(default=Identify(), description="how identify.py searches")
+    locate: Locate = Field(default=Locate(), description="how locate_source.py searches")
     output: Output = Field(default=Output(), description="what is written besides the visits")
     noise_seed: Whole = Field(default=1, description="of the noise of simulated scans")
 
@@ -74,6 +75,7 @@ class Case(Section):
                     f"therapy[{i}]: day {self.day_of(treatment):g} is past the last visit and output"
                 )
         self._check_scans()
+        case_fields.check(self.identify, self.visits)
         if self.truth is not None:
             for i, day in enumerate(self.output.days):
                 if day <= -self.truth.age:

@@ -209,9 +209,17 @@ class Scan(Section):
     file: File | None = Field(
         default=None, description="NIfTI file in the anatomy's space; default: simulated"
     )
+    mask: File | None = Field(
+        default=None, description="NIfTI file, above 0.5 where the scan holds; default: everywhere"
+    )
+    slices: Annotated[list[Number], Field(min_length=2, max_length=2)] | None = Field(
+        default=None, description="lowest and highest z in mm that the scan covers; default: all"
+    )
 
     @model_validator(mode="after")
     def _fits_its_kind(self) -> Scan:
+        if self.slices is not None and not self.slices[0] < self.slices[1]:
+            raise problem(f"slices: {self.slices[0]:g} must be below {self.slices[1]:g}")
         if self.kind == "segmentation" and self.file is None:
             raise problem("a segmentation needs a file; to simulate one, use kinds enhancing and oedema")
         if self.kind in ("density", "segmentation") and self.level is not None:

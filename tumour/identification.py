@@ -48,7 +48,7 @@ from solvers.spaces import GramSpace
 from tumour.anatomy import Anatomy
 from tumour.growth import GrowthLaw
 from tumour.model import PARAMETERS, UNITS, Seed, TumourModel, domain_of
-from tumour.patients import Scan, camera
+from tumour.patients import Scan, camera, visible
 from tumour.therapy import Treatment
 
 LOGARITHMIC = ("D_white", "D_grey", "rho", "age")
@@ -180,15 +180,15 @@ class _Level:
     """The forward map m -> images in the region, on one mesh."""
 
     def __init__(
-        self, model: TumourModel, anatomy: Anatomy, region: np.ndarray, scans: Sequence[Scan]
+        self, model: TumourModel, anatomy: Anatomy, region: np.ndarray, scans: Sequence[Scan], shown: Tensor
     ) -> None:
-        self.model = model
+        self.model, self._shown = model, shown
         self.days = sorted({scan.day for scan in scans})
         self._look = camera(model, anatomy, region)
         self._wanted = [[scan.modality for scan in scans if scan.day == day] for day in self.days]
         self.age_steps: int | None = None
         self.box: tuple[Tensor, Tensor] | None = None
-        self.size = len(scans) * int(region.sum())
+        self.size = int(shown.sum())
 
     def states(self, m: Tensor) -> list[Tensor]:
         values = {name: m[k].exp() if name in LOGARITHMIC else m[k] for k, name in enumerate(PARAMETERS)}
@@ -199,7 +199,7 @@ class _Level:
             # Not a number: the optimizer takes a shorter step, and no age of centuries is ever run.
             return m.sum() * torch.full((self.size,), torch.nan, dtype=torch.float64)
         images = [self._look(u, wanted) for u, wanted in zip(self.states(m), self._wanted, strict=True)]
-        return torch.cat([image for visit in images for image in visit])
+        return torch.stack([image for visit in images for image in visit])[self._shown]
 
 
 class Identifier:
@@ -237,10 +237,18 @@ class Identifier:
         self.scans = sorted(scans, key=lambda scan: scan.day)
         self._save, self._progress = save, progress
         self._memory: dict[str, np.ndarray] = dict(resume or {})
-        self.region = self._visible()
-        self.data = torch.cat([torch.from_numpy(scan.values[self.region]) for scan in self.scans])
-        count = int(self.region.sum())
-        self.sd = torch.cat([torch.full((count,), scan.sd, dtype=torch.float64) for scan in self.scans])
+        self.region = visible(anatomy, self.scans, self.settings.region)
+        # (scans, voxels of the region): which of them each scan covers.
+        self.shown = torch.from_numpy(np.stack([scan.mask[self.region] for scan in self.scans]))
+        for scan, covered in zip(self.scans, self.shown, strict=True):
+            if not bool(covered.any()):
+                raise GliodeError(
+                    f"scan of day {scan.day:g} ({scan.modality.kind}): covers no voxel near the tumour; leave"
+                    " it out or correct its mask"
+                )
+        self.data = torch.cat([torch.from_numpy(s.values[self.region & s.mask]) for s in self.scans])
+        levels = torch.tensor([scan.sd for scan in self.scans], dtype=torch.float64)
+        self.sd = levels[self.shown.nonzero()[:, 0]]
         seed = seed or Seed()
 
         def model(on: Anatomy, step: float) -> TumourModel:
@@ -248,29 +256,12 @@ class Identifier:
 
         fine = model(anatomy, self.settings.step)
         coarse = model(anatomy.coarsen(2), 2 * self.settings.step)
-        self.fine = _Level(fine, anatomy, self.region, self.scans)
-        self.coarse = _Level(coarse, anatomy, self.region, self.scans)
+        self.fine = _Level(fine, anatomy, self.region, self.scans, self.shown)
+        self.coarse = _Level(coarse, anatomy, self.region, self.scans, self.shown)
         self._coarse_weight = coarse.domain.n_global / fine.domain.n_global * fine.step / coarse.step
         self._counts = {"coarse": dict.fromkeys(("forward", "adjoint", "tangent"), 0)}
         self._counts["fine"] = dict(self._counts["coarse"])
         self._history: list[dict[str, float]] = []
-
-    def _visible(self) -> np.ndarray:
-        """Voxels of the brain within `region` mm of what any scan shows (values over 0.3 of the largest)."""
-        shown = np.zeros(self.anatomy.shape, dtype=bool)
-        for scan in self.scans:
-            # A 3x3x3 median removes lone noisy voxels.
-            values = ndimage.median_filter(np.where(scan.mask, scan.values, 0.0), 3)
-            shown |= values > 0.3 * max(values.max(), 6 * scan.sd)
-        if not shown.any():
-            raise GliodeError(
-                "scans: nothing is visible above the noise; check the images and their noise level"
-            )
-        near = ndimage.distance_transform_edt(~shown, sampling=self.anatomy.spacing) <= self.settings.region
-        region = near & self.anatomy.brain
-        for scan in self.scans:
-            region &= scan.mask
-        return region
 
     def _seeds(self) -> np.ndarray:
         """Starting seeds (k, 3) in mm: the centre of the first visit's innermost image, then centres of its
@@ -278,7 +269,7 @@ class Identifier:
         """
         first = [scan for scan in self.scans if scan.day == 0.0]
         inner = next((scan for scan in first if scan.modality.kind == "enhancing"), first[0])
-        values = ndimage.median_filter(np.where(self.region, inner.values, 0.0), 3)
+        values = ndimage.median_filter(np.where(self.region & inner.mask, inner.values, 0.0), 3)
         voxels = np.argwhere(values > 0.5 * values.max())
         points = voxels @ self.anatomy.affine[:3, :3].T + self.anatomy.affine[:3, 3]
         seeds = [points.mean(0)]
@@ -369,12 +360,14 @@ class Identifier:
 
     def _size(self, e: Tensor) -> Tensor:
         """The local root mean square of e in each image (a Gaussian window of one voxel)."""
-        weight = ndimage.gaussian_filter(self.region.astype(np.float64), 1.0)[self.region]
         sizes = []
-        for image in e.numpy().reshape(len(self.scans), -1):
-            volume = np.zeros(self.region.shape)
-            volume[self.region] = image**2
-            sizes.append(np.sqrt(np.maximum(ndimage.gaussian_filter(volume, 1.0)[self.region] / weight, 0.0)))
+        for image, scan in zip(e.split(self.shown.sum(1).tolist()), self.scans, strict=True):
+            covered = self.region & scan.mask
+            volume = np.zeros(covered.shape)
+            volume[covered] = image.numpy() ** 2
+            weight = ndimage.gaussian_filter(covered.astype(np.float64), 1.0)[covered]
+            mean = ndimage.gaussian_filter(volume, 1.0)[covered] / weight
+            sizes.append(np.sqrt(np.maximum(mean, 0.0)))
         return torch.from_numpy(np.concatenate(sizes))
 
     def _posterior(
@@ -385,12 +378,11 @@ class Identifier:
             size = self._size(e)
             at = torch.from_numpy(np.argwhere(self.region) * self.anatomy.spacing)
             columns = [MEAN_SD * (jacobian.mT @ (e / sd))[:, None]]
-            for length in BUMPS:
-                bumps = _bumps(at, length).to_dense()
-                for_each = (
-                    (jacobian * (COMMON * size / sd)[:, None]).reshape(len(self.scans), len(at), -1).sum(0)
-                )
-                columns.append(for_each.mT @ bumps)
+            # By voxel, all images together.
+            alike = torch.zeros(len(at), jacobian.shape[1], dtype=torch.float64).index_add(
+                0, self.shown.nonzero()[:, 1], jacobian * (COMMON * size / sd)[:, None]
+            )
+            columns += [alike.mT @ _bumps(at, length).to_dense() for length in BUMPS]
             Q = torch.cat(columns, 1)
             H = jacobian.mT @ jacobian
             root = torch.linalg.cholesky(H + Q @ Q.mT + 1e-12 * torch.diag(H.diagonal()))

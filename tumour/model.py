@@ -56,12 +56,16 @@ class Seed:
             raise GliodeError(f"seed.width: {self.width} mm must be positive")
 
 
-def domain_of(anatomy: Anatomy) -> Domain:
-    """Bricks for the brain's voxels (white + grey), with cell data `white` + `grey` = 1."""
+def domain_of(anatomy: Anatomy, region: np.ndarray | None = None) -> Domain:
+    """Bricks for the brain's voxels (white + grey), with cell data `white` + `grey` = 1.
+
+    region: (nx, ny, nz) bool, to leave out the brain's voxels outside; the cut lets nothing through.
+    """
     tissue = anatomy.white + anatomy.grey
     with np.errstate(invalid="ignore", divide="ignore"):
         white = np.where(tissue > 0, anatomy.white / tissue, 0.0)
-    return mesh.voxels(anatomy.brain, anatomy.affine, {"white": white, "grey": 1.0 - white})
+    mask = anatomy.brain if region is None else anatomy.brain & region
+    return mesh.voxels(mask, anatomy.affine, {"white": white, "grey": 1.0 - white})
 
 
 def default_step(spacing: Sequence[float]) -> float:
@@ -158,6 +162,8 @@ class TumourModel:
         parameters: 0-d tensors named as in PARAMETERS. age_steps: steps of the first stretch (default from
         the age).
         """
+        if visits[0] != 0.0 or any(b <= a for a, b in pairwise(visits)):
+            raise GliodeError(f"visits: {list(visits)} must start at day 0 (the first scan) and increase")
         missing = [name for name in PARAMETERS if name not in parameters]
         if missing:
             raise GliodeError(f"parameters: {missing} are missing")
@@ -167,6 +173,8 @@ class TumourModel:
         }
         seed = self.seed_state(torch.stack([m["x"], m["y"], m["z"]]))
         D = self.diffusivity(m["D_white"], m["D_grey"])
+        if not float(m["age"].detach()) > 0:
+            raise GliodeError(f"age: {float(m['age'].detach())} days must be positive")
         return self.evolve(seed, D, m["rho"], m["age"], visits, age_steps)
 
     def evolve(
@@ -178,16 +186,16 @@ class TumourModel:
         visits: Sequence[float] = (0.0,),
         age_steps: int | None = None,
     ) -> list[Tensor]:
-        """Densities (owned dofs,) at the visits from the density u (owned dofs,) at day -age.
+        """Densities (owned dofs,) at the visits, days after the first scan, from u (owned dofs,) at day -age.
 
         D: per cell, mm^2/day; rho: a number, or one for each owned dof, 1/day. Under MPI numbers that are
         replicated come through `solvers.spaces.replicate`.
         """
-        if visits[0] != 0.0 or any(b <= a for a, b in pairwise(visits)):
-            raise GliodeError(f"visits: {list(visits)} must start at day 0 (the first scan) and increase")
         first_day = -float(age.detach())
-        if first_day >= 0:
-            raise GliodeError(f"age: {-first_day} days must be positive")
+        if any(b <= a for a, b in pairwise([first_day, *visits])):
+            raise GliodeError(
+                f"visits: {list(visits)} must increase, and come after the start, day {first_day:g}"
+            )
         w = self.operator.conductances(D)
         days, found = [first_day, *(float(v) for v in visits)], []
         for start, end in pairwise(days):

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from scipy import ndimage
 from torch import Tensor
 
 from solvers.errors import GliodeError
@@ -52,6 +53,20 @@ class Scan:
             raise GliodeError(
                 f"scan of day {self.day:g} ({self.modality.kind}): the noise level {self.sd} must be positive"
             )
+
+
+def visible(anatomy: Anatomy, scans: Sequence[Scan], reach: float) -> np.ndarray:
+    """Voxels of the brain within `reach` mm of what any scan shows (values over 0.3 of the largest)."""
+    shown = np.zeros(anatomy.shape, dtype=bool)
+    for scan in scans:
+        # A 3x3x3 median removes lone noisy voxels.
+        values = ndimage.median_filter(np.where(scan.mask, scan.values, 0.0), 3)
+        shown |= values > 0.3 * max(values.max(), 6 * scan.sd)
+    if not shown.any():
+        raise GliodeError("scans: nothing is visible above the noise; check the images and their noise level")
+    near = ndimage.distance_transform_edt(~shown, sampling=anatomy.spacing) <= reach
+    region: np.ndarray = near & anatomy.brain
+    return region
 
 
 def camera(model: TumourModel, anatomy: Anatomy, mask: np.ndarray, sub: int = 2) -> Camera:

@@ -4,7 +4,8 @@ case.yaml       the resolved case: reading it gives the same run
 result.json     estimates, misfit, stopping rule, counts, history, versions, seconds; written last: a folder
                 without it is a run that has not finished
 maps/           NIfTI on the anatomy's grid: t1, white, grey, brain, density_day<T>, truth_day<T>,
-                scan_day<T>_<kind>; for a user's files maps/original/ holds densities on their own grid
+                scan_day<T>_<kind>; of fields D, rho, <field>_log_sd, <field>_truth,
+                exceedance_day<T>; for a user's files maps/original/ holds densities on their own grid
 paraview/       the mesh with the density against time
 restart.npz     only while a run is unfinished
 """
@@ -115,9 +116,9 @@ class Results:
         for scan in scans:
             self.map(f"scan_day{day_name(scan.day)}_{scan.modality.kind}", scan.values, brain)
 
-    def film(self, domain: Domain, states: Mapping[float, Tensor]) -> Path:
-        """Write the densities against time for ParaView; the file's path."""
-        with Film(self.folder / "paraview" / "density", domain) as film:
+    def film(self, domain: Domain, states: Mapping[float, Tensor], name: str = "density") -> Path:
+        """Write the densities (or another field) against time for ParaView; the file's path."""
+        with Film(self.folder / "paraview" / name, domain, name) as film:
             for day in sorted(states):
                 film.add(day, states[day])
         return film.path

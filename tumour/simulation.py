@@ -66,24 +66,27 @@ def grow(
     days: Sequence[float],
     start: Snapshot | None = None,
     tick: Callable[[Snapshot], None] | None = None,
+    coefficients: tuple[Tensor, Tensor] | None = None,
 ) -> dict[float, Tensor]:
     """The densities (owned dofs,) at days after the first visit, by the model's steps.
 
     parameters: numbers named as in `tumour.model.PARAMETERS`. start: a snapshot of an earlier run of the same
-    plan. tick: called after each step; it may raise to stop the run.
+    plan. tick: called after each step; it may raise to stop the run. coefficients: D per cell and rho (a
+    number or one for each owned dof), in place of those of the parameters.
     """
     m = {name: torch.tensor(value, dtype=torch.float64) for name, value in parameters.items()}
     stretches = plan(model, parameters["age"], days)
     step = Strang(PointwiseStep(model.law.flow), model.diffusion)
     with torch.no_grad():
-        w = model.operator.conductances(model.diffusivity(m["D_white"], m["D_grey"]))
+        D, rho = coefficients or (model.diffusivity(m["D_white"], m["D_grey"]), m["rho"])
+        w = model.operator.conductances(D)
         at = start or Snapshot(0, 0, model.seed_state(torch.stack([m["x"], m["y"], m["z"]])))
         u, found = at.u, dict(at.found)
         for number in range(at.stretch, len(stretches)):
             stretch = stretches[number]
             dt = torch.tensor(stretch.end - stretch.start, dtype=torch.float64) / stretch.steps
             for done in range(at.step if number == at.stretch else 0, stretch.steps):
-                u = step(u, dt, w, m["rho"], first=done == 0, last=done == stretch.steps - 1)
+                u = step(u, dt, w, rho, first=done == 0, last=done == stretch.steps - 1)
                 if tick is not None:
                     tick(Snapshot(number, done + 1, u, found))
             for treatment in stretch.treatments:

@@ -33,12 +33,14 @@ CHUNK = 20_000  # voxels imaged at once: some 200 MB
 MOST = 2.0  # a density is a share of the carrying capacity: beyond this it is no noise
 
 
-def anatomy_of(case: Case, spacing: float | None = None) -> Anatomy | None:
-    """The case's brain at a spacing in mm (default: its own), None for a mesh."""
+def anatomy_of(case: Case, spacing: float | np.ndarray | None = None) -> Anatomy | None:
+    """The case's brain at a spacing in mm, one or three numbers (default: its own), None for a mesh."""
     section = case.anatomy
     if isinstance(section, sections.MeshFile):
         return None
     if isinstance(section, sections.Mni152):
+        if isinstance(spacing, np.ndarray):
+            return anatomies.mni152(1.0).resample(spacing)
         return anatomies.mni152(spacing or section.spacing)
     if isinstance(section, sections.NiftiMaps):
         brain = anatomies.from_nifti(section.white, section.grey, section.fluid, section.t1)
@@ -47,8 +49,8 @@ def anatomy_of(case: Case, spacing: float | None = None) -> Anatomy | None:
         if section.fluid:
             labels["fluid"] = section.fluid
         brain = anatomies.from_labels(section.path, labels, section.t1)
-    spacing = spacing or section.spacing
-    return brain.resample(spacing) if spacing else brain
+    spacing = section.spacing if spacing is None else spacing
+    return brain if spacing is None else brain.resample(spacing)
 
 
 def mesh_of(section: sections.MeshFile) -> Domain:
@@ -123,7 +125,7 @@ def settings_of(case: Case) -> Settings:
     return Settings(
         prior=Prior(position=prior.position, **{name: (p.median, p.sd) for name, p in logarithmic.items()}),
         step=case.model.step,
-        **section.model_dump(exclude={"prior"}),
+        **section.model_dump(exclude={"prior", "unknown", "field"}),
     )
 
 
@@ -159,6 +161,8 @@ def _kept(item: sections.Resection, domain: Domain) -> Tensor:
 def require_seed_inside(case: Case, brain: Anatomy | None, domain: Domain | None = None) -> None:
     """Raise GliodeError unless the true tumour starts in the brain, or else in the mesh."""
     assert case.truth is not None
+    if case.truth.foci:
+        raise GliodeError("truth.foci: only locate_source.py grows a tumour of several; leave it out here")
     position = np.asarray(case.truth.position)
     if brain is not None:
         brain.require_inside(position, "truth.position")
@@ -207,12 +211,35 @@ def simulated_scans(case: Case, model: TumourModel, brain: Anatomy, states: Sequ
                 image.flat[part] = seen.numpy()
     scans, number = [], count()
     for visit, modalities, images in zip(case.visits, shown, clean, strict=True):
-        for modality, image in zip(modalities, images, strict=True):
+        masks = [coverage(s, brain) for s in visit.scans for _ in outlines_of(s)]
+        for modality, image, mask in zip(modalities, images, masks, strict=True):
             inside = image[brain.brain]
             generator = np.random.default_rng([case.noise_seed, next(number)])
             image[brain.brain] = add_noise(inside, modality, generator)
-            scans.append(Scan(case.day_of(visit), modality, image, brain.brain, noise_sd(inside, modality)))
+            image[~mask] = 0.0
+            scans.append(Scan(case.day_of(visit), modality, image, mask, noise_sd(inside, modality)))
     return scans
+
+
+def coverage(section: sections.Scan, brain: Anatomy) -> np.ndarray:
+    """Where a scan holds, (nx, ny, nz): the brain within its mask and its slices.
+
+    Raises GliodeError where nothing is left.
+    """
+    covered = brain.brain.copy()
+    if section.slices is not None:
+        z = (np.indices(brain.shape).reshape(3, -1).T @ brain.affine[2, :3] + brain.affine[2, 3]).reshape(
+            brain.shape
+        )
+        covered &= (z >= section.slices[0]) & (z <= section.slices[1])
+    if section.mask is not None:
+        volume = read_nifti(section.mask)
+        covered &= average_onto(volume.data, volume.grid.affine, Grid(brain.shape, brain.affine)) > 0.5
+    if not covered.any():
+        raise GliodeError(
+            f"visits: the mask or slices of a {section.kind} scan cover nothing of the brain; correct them"
+        )
+    return covered
 
 
 def read_scans(case: Case, brain: Anatomy) -> list[Scan]:
@@ -224,8 +251,10 @@ def read_scans(case: Case, brain: Anatomy) -> list[Scan]:
     scans = []
     for visit in case.visits:
         for section in visit.scans:
+            mask = coverage(section, brain)
             for kind, values in _images(section, brain).items():
-                inside = values[brain.brain]
+                values = np.where(mask, values, 0.0)
+                inside = values[mask]
                 if not inside.max() > 0:
                     raise GliodeError(
                         f"{section.file}: shows no {kind} in the brain; is it in the same space?"
@@ -237,7 +266,7 @@ def read_scans(case: Case, brain: Anatomy) -> list[Scan]:
                     )
                 modality = modality_of(section, kind)
                 sd = noise_sd(inside, modality)
-                scans.append(Scan(case.day_of(visit), modality, values, brain.brain, sd))
+                scans.append(Scan(case.day_of(visit), modality, values, mask, sd))
     return scans
 
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -16,8 +14,8 @@ import numpy as np
 import pytest
 import yaml
 
-ROOT = Path(__file__).parents[2]
-SCRIPT = ROOT / "scripts" / "identify.py"
+from tests.scripts.helpers import Script, result
+
 CASE: dict[str, Any] = {
     "anatomy": {"source": "mni152", "spacing": 8},
     "model": {"seed": {"width": 6}, "step": 10},
@@ -32,28 +30,8 @@ CASE: dict[str, Any] = {
 NAMES = ["D_white", "D_grey", "rho", "seed_x", "seed_y", "seed_z", "age"]
 
 
-def write_case(folder: Path, **parts: Any) -> Path:
-    file = folder / "tiny.yaml"
-    file.write_text(yaml.safe_dump(CASE | parts))
-    return file
-
-
-def command(case: Path, out: Path, *options: str, ranks: int = 1) -> list[str]:
-    mpi = ["mpirun", "--oversubscribe", "-n", str(ranks)] if ranks > 1 else []
-    return [*mpi, sys.executable, str(SCRIPT), str(case), "--out", str(out), "--no-pictures", *options]
-
-
-def identify(case: Path, out: Path, *options: str, ranks: int = 1) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        command(case, out, *options, ranks=ranks), capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
-    return done
-
-
-def result(out: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((out / "result.json").read_text())
-    return found
+SCRIPT = Script("identify.py", CASE)
+write_case, command, identify, failed = SCRIPT.write_case, SCRIPT.command, SCRIPT.run, SCRIPT.failed
 
 
 def values(out: Path) -> dict[str, float]:
@@ -151,17 +129,10 @@ def test_two_ranks_find_what_one_finds(whole: tuple[Path, str], tmp_path: Path) 
     assert values(tmp_path / "out") == pytest.approx(values(whole[0]), rel=1e-3)
 
 
-def failed(case: Path, out: Path) -> str:
-    done = subprocess.run(command(case, out), capture_output=True, text=True, timeout=120)
-    lines = [line for line in done.stderr.splitlines() if line.startswith("identify.py: ")]
-    assert done.returncode == 2 and len(lines) == 1 and "Traceback" not in done.stderr, done.stderr
-    return lines[0]
-
-
 def test_cases_that_cannot_be_identified(tmp_path: Path) -> None:
-    said = failed(write_case(tmp_path, visits=[{"day": 0}]), tmp_path / "out")
+    said = failed(str(write_case(tmp_path, visits=[{"day": 0}])), "--out", str(tmp_path / "out"))
     assert said == "identify.py: tiny.yaml: visits: no scans; name those to identify the tumour from"
     surgery = [{"kind": "resection", "day": 30, "centre": [0, 0, 0], "radius": 20}]
     assert "therapy[0]: identify.py does not look through a resection" in failed(
-        write_case(tmp_path, therapy=surgery), tmp_path / "out"
+        str(write_case(tmp_path, therapy=surgery)), "--out", str(tmp_path / "out")
     )

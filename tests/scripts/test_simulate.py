@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -16,11 +15,10 @@ import numpy as np
 import pytest
 import yaml
 
+from tests.scripts.helpers import ROOT, Script, result
 from tumour.anatomy import mni152
 from tumour.nifti import reorient, write_nifti
 
-ROOT = Path(__file__).parents[2]
-SCRIPT = ROOT / "scripts" / "simulate.py"
 CASE: dict[str, Any] = {
     "anatomy": {"source": "mni152", "spacing": 10},
     "model": {"seed": {"width": 4}, "step": 10},
@@ -30,28 +28,8 @@ CASE: dict[str, Any] = {
 }
 
 
-def write_case(folder: Path, **parts: Any) -> Path:
-    file = folder / "tiny.yaml"
-    file.write_text(yaml.safe_dump(CASE | parts))
-    return file
-
-
-def command(case: Path, out: Path, *options: str, ranks: int = 1) -> list[str]:
-    mpi = ["mpirun", "--oversubscribe", "-n", str(ranks)] if ranks > 1 else []
-    return [*mpi, sys.executable, str(SCRIPT), str(case), "--out", str(out), "--no-pictures", *options]
-
-
-def simulate(case: Path, out: Path, *options: str, ranks: int = 1) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        command(case, out, *options, ranks=ranks), capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
-    return done
-
-
-def result(out: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((out / "result.json").read_text())
-    return found
+SCRIPT = Script("simulate.py", CASE)
+write_case, command, simulate, failed = SCRIPT.write_case, SCRIPT.command, SCRIPT.run, SCRIPT.failed
 
 
 def volume(out: Path, name: str) -> np.ndarray:
@@ -153,17 +131,6 @@ def test_another_case_and_fresh_start_anew(tmp_path: Path) -> None:
     assert "going on" not in other.stderr and result(tmp_path / "out")["counts"]["steps"] == 21
 
 
-def failed(*arguments: str, program: str = str(SCRIPT), ranks: int = 1) -> str:
-    """What a run with bad input says: one line (the same whatever the number of ranks), exit code 2."""
-    mpi = ["mpirun", "--oversubscribe", "-n", str(ranks)] if ranks > 1 else []
-    done = subprocess.run(
-        [*mpi, sys.executable, program, *arguments], capture_output=True, text=True, timeout=120
-    )
-    lines = [line for line in done.stderr.splitlines() if line.startswith("simulate.py: ")]
-    assert done.returncode == 2 and len(lines) == 1 and "Traceback" not in done.stderr, done.stderr
-    return lines[0]
-
-
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_bad_input_is_one_line(tmp_path: Path, ranks: int) -> None:
     case = write_case(tmp_path, truth=CASE["truth"] | {"D_white": -1})
@@ -199,15 +166,17 @@ def test_a_missing_package_is_one_line(tmp_path: Path, missing: str) -> None:
     start = tmp_path / "start.py"
     start.write_text(
         f"import sys, runpy; sys.modules[{missing!r}] = None\n"
-        f"sys.argv[0] = {str(SCRIPT)!r}; runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        f"sys.argv[0] = {str(SCRIPT.path)!r}; runpy.run_path(sys.argv[0], run_name='__main__')\n"
     )
     case = write_case(tmp_path)
-    said = failed(str(case), "--out", str(tmp_path / "out"), program=str(start))
+    said = failed(str(case), "--out", str(tmp_path / "out"), program=start)
     assert "is not installed" in said and "scripts/env" in said
 
 
 def test_help_documents_options_and_defaults() -> None:
-    done = subprocess.run([sys.executable, str(SCRIPT), "--help"], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT.path), "--help"], capture_output=True, text=True, timeout=60
+    )
     words = " ".join(done.stdout.split())
     assert done.returncode == 0 and "[default: 20.0" in words and "--resume" in words and "mpirun" in words
 

@@ -111,6 +111,15 @@ WRONG = [
         "fractions: must be a whole number (got 2.5)",
     ),
     ("output", {"days": [-200]}, "demo.yaml: output.days[0]: day -200 is before the seed, day -200"),
+    ("visits.0.scans.0.slices", [3, 1], "visits[0].scans[0]: slices: 3 must be below 1"),
+    ("visits.0.scans.0.mask", "no.nii", "visits[0].scans[0].mask: no such file"),
+    ("identify", {"unknown": "fields"}, "identify.unknown: must be 'parameters' or 'field'"),
+    ("identify", {"field": {"of": []}}, "identify.field.of: must have 1 or more entries"),
+    (
+        "truth.inclusions",
+        [{"centre": [0, 0, 0], "radius": 0}],
+        "truth.inclusions[0].radius: must be positive",
+    ),
     ("noise_seed", -1, "demo.yaml: noise_seed: must not be negative (got -1)"),
     ("noize_seed", 1, "demo.yaml: case: unknown key 'noize_seed' (did you mean 'noise_seed'?)"),
 ]

@@ -59,6 +59,35 @@ def test_two_visits_give_the_parameters_back(scans: list[Scan]) -> None:
     assert math.dist(seed, [TRUTH[axis] for axis in "xyz"]) < 2.0
 
 
+def test_missing_slices_leave_only_the_data(scans: list[Scan]) -> None:
+    """Half of the second scan is missing, and garbage stands there: the parameters are found all the same."""
+    first, second = scans
+    mask = second.mask.copy()
+    mask[:, :, : mask.shape[2] // 2] = False
+    half = replace(second, mask=mask, values=np.where(mask, second.values, np.nan))
+    partial, full = identifier([first, half]), identifier(scans)
+    region, count = partial.region, int(full.region.sum())
+    assert len(partial.data) == region.sum() + (region & mask).sum() < 1.6 * region.sum()
+    assert bool(torch.isfinite(partial.data).all())
+    m = partial.settings.prior.mean(np.array([TRUTH[axis] for axis in "xyz"]))
+    with torch.no_grad():
+        images, all_of = partial.fine(m), full.fine(m)
+    for image, whole, shown in zip(
+        images.split([int(region.sum()), int((region & mask).sum())]),
+        all_of.split(count),
+        (region, region & mask),
+        strict=True,
+    ):
+        both = shown & full.region  # the regions differ by what the missing half showed
+        assert both.sum() > 0.9 * shown.sum()
+        here, there = (torch.from_numpy(both[region_of]) for region_of in (shown, full.region))
+        torch.testing.assert_close(image[here], whole[there])
+    found = partial.run()
+    for k, name in enumerate(PARAMETERS):
+        truth = math.log(TRUTH[name]) if name in LOGARITHMIC else TRUTH[name]
+        assert abs(float(found.posterior.mean[k]) - truth) < 3.5 * float(found.posterior.sd[k]), name
+
+
 def test_one_scan_fixes_length_and_growth_times_only(scans: list[Scan]) -> None:
     found = identifier(scans[:1]).run()
     assert found.derived["infiltration_length"].variance_ratio < 0.1

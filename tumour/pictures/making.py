@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from solvers.errors import GliodeError
-from tumour.pictures import display, plots, slices
+from tumour.pictures import display, fields, plots, slices, source
 from tumour.pictures.results import Inapplicable, ResultFolder
 
 if TYPE_CHECKING:
     from tumour.pictures.surfaces import Surfaces
 
-KINDS = ("glass", "slices", "convergence", "estimates", "growth", "html")
+KINDS = ("glass", "slices", "convergence", "estimates", "fields", "source", "growth", "html")
 SMALLEST = 400
 LARGEST = 8000
 
@@ -70,15 +70,26 @@ class Maker:
 
         return Surfaces(self.results)
 
+    @property
+    def flat(self) -> bool:
+        """Whether the result is of one slice."""
+        return self.results.has("brain") and 1 in self.results.map("brain").values.shape
+
     def draw(self, kind: str) -> Path:
         """Write one picture. Errors: GliodeError."""
         path = self.results.pictures / f"{kind}.png"
+        if kind in ("slices", "html", "glass", "growth") and self.flat:
+            raise Inapplicable("a single slice; source shows it")
         if kind == "slices":
             return slices.draw(self.results, self.size, path)
         if kind == "convergence":
             return plots.convergence(self.results, self.size, path)
         if kind == "estimates":
             return plots.estimates(self.results, self.size, path)
+        if kind == "fields":
+            return fields.draw(self.results, self.size, path)
+        if kind == "source":
+            return source.draw(self.results, self.size, path)
         if kind == "html":
             display.require_pyvista()
             from tumour.pictures import turning
