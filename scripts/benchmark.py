@@ -20,6 +20,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+# One thread a process, also for OpenBLAS, which torch.set_num_threads does not reach and whose own threads cost
+# small products more than they bring. Read when numpy and torch are first imported; workers inherit it.
+for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+    os.environ.setdefault(variable, "1")
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from scripts.benchmarks import Check
