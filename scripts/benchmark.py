@@ -20,14 +20,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-# One thread a process, also for OpenBLAS, which torch.set_num_threads does not reach and whose own threads cost
-# small products more than they bring. Read when numpy and torch are first imported; workers inherit it.
-for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-    os.environ.setdefault(variable, "1")
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from scripts.benchmarks import Check
+
+# One thread a process, also for OpenBLAS, which torch.set_num_threads does not reach and whose own threads
+# cost small products more than they bring. Read when torch is first imported; workers inherit it.
+for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+    os.environ.setdefault(variable, "1")
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "scripts" / "benchmarks"

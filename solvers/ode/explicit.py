@@ -81,7 +81,8 @@ def adjoint(
             out = X
         elif i == 0 and late:  # no stage is left that reads them
             out = late[0]
-            _add(costate, late, work.L[n])
+            for one in late:
+                costate.add_(one)
             late = []
         else:
             out = torch.empty_like(x)
@@ -89,14 +90,6 @@ def adjoint(
         plan.field.pull(X, saved[i], plan.rows(tables, n, i), kappa, h * scale, gw, out)
         L[i] = out
         late.append(out)
-    _add(costate, late, work.L[n])
+    for one in late:
+        costate.add_(one)
     return slope
-
-
-def _add(costate: Tensor, late: Sequence[Tensor], columns: Tensor) -> None:
-    """Adds them all; in one product where they are all the columns of that matrix."""
-    if len(late) == columns.shape[1] > 1:
-        costate.view(-1).addmv_(columns, columns.new_ones(len(late)))
-    else:
-        for one in late:
-            costate.add_(one)

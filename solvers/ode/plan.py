@@ -21,30 +21,22 @@ class Workspace:
     states[n], n <= steps, of which the last is the result; K[n][i] the stage values and X[n][i] the states of
     the stages that do not start from states[n] itself. `keep`: of every step, not of one only, what the
     backward pass starts from, the stage values, of which it makes the states again (`from_values`), or the
-    states; it writes the L_i of explicit.py over what it has used: L[n] is that memory as a matrix, a column
-    for each. saved[n][i]: what the field saved; kappa: scratch.
+    states; it writes over what it has used. saved[n][i]: what the field saved; kappa: scratch.
     """
 
     def __init__(self, plan: Plan, x: Tensor, steps: int, keep: bool, from_values: bool) -> None:
-        def slots(kept: bool, count: int) -> list[Tensor]:
+        def slots(kept: bool, count: int) -> list[tuple[Tensor, ...]]:
             rows = x.new_empty((steps if kept else 1, count, *x.shape)).unbind(0)
-            return list(rows) * (1 if kept else steps)
-
-        def columns(rows: Sequence[Tensor]) -> list[Tensor]:
-            return [row.flatten(1).t() for row in rows]
+            return [row.unbind(0) for row in rows] * (1 if kept else steps)
 
         self.from_values = from_values
         self.states = [x, *x.new_empty((steps - 1, *x.shape)).unbind(0), x.new_empty(x.shape)]
-        values = slots(keep and from_values, len(plan.stages))
-        self.K: list[Sequence[Tensor]] = [row.unbind(0) for row in values]
-        self.L = columns(values)
+        self.K = slots(keep and from_values, len(plan.stages))
         moved = [i for i in plan.stages if plan.a[i]]
         if from_values:
             self.X = [dict.fromkeys(moved, torch.empty_like(x))] * steps
         else:
-            starts = slots(keep, len(moved))
-            self.X = [dict(zip(moved, row.unbind(0), strict=True)) for row in starts]
-            self.L = columns(starts)
+            self.X = [dict(zip(moved, row, strict=True)) for row in slots(keep, len(moved))]
         self.saved: list[list[Saved]] = []
         self.kappa = x.new_empty(x.shape)
 
