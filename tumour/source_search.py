@@ -169,7 +169,7 @@ class Locator:
 
     def _sparse(self, first: Result, e: Tensor) -> Source:
         space = lumped(self.problem.domain)
-        problem = self._least_squares(space, lambda u: u.clamp(min=0.0), e)
+        problem = self._least_squares(space, _not_negative, e)
         u = space.zeros()
         # Below this weight the empty source is no longer the best: the largest slope at zero, per volume.
         slope = self._kept("slope", lambda: space.riesz(-problem.evaluate(u).gradient()))
@@ -281,6 +281,11 @@ class Locator:
             if self.save is not None:
                 self.save(self._memory)
         return torch.from_numpy(self._memory[name])
+
+
+def _not_negative(u: Tensor) -> Tensor:
+    """u, or 0 where it is negative; the slope at 0 is 1, which torch's own clamp does not promise."""
+    return torch.where(u < 0, torch.zeros_like(u), u)
 
 
 def _largest(u: Tensor, space: Space) -> float:
