@@ -156,6 +156,10 @@ class DiffusionOperator:
         """u with (M + tau K(w)) u = b; differentiable in b, w and tau (0-d), in both modes, twice."""
         return _Solve.apply(b, w, tau, self)
 
+    def matrix(self, w: Tensor, tau: float) -> Any:
+        """M + tau K(w) as a PETSc matrix: the operator's own, so copy what is to be kept."""
+        return self._solver(w, tau)[0].getOperators()[0]
+
     def _solve(self, b: Tensor, w: Tensor, tau: float) -> Tensor:
         ksp, rhs, solution = self._solver(w, tau)
         rhs.array_w[:] = b.detach().numpy()

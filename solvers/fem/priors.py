@@ -60,7 +60,7 @@ class BiLaplacian:
             self._matrix.setDiagonal(diagonal)
         self._x, self._y = self._matrix.createVecs()
         flat = thin is not None or domain.mesh.topology.dim < 3
-        self._ksp = _solver(self._matrix, domain.n_global <= (DIRECT_FLAT if flat else DIRECT), rtol)
+        self._ksp = spd_solver(self._matrix, domain.n_global <= (DIRECT_FLAT if flat else DIRECT), rtol)
         self.space = GramSpace(domain.n_owned, self._precision, self._covariance, communicator(domain))
 
     def sample(self, generator: torch.Generator) -> Tensor:
@@ -182,12 +182,13 @@ def _matrix(domain: Domain, gamma: float, delta: float, tensor: Tensor | None) -
         per_cell = torch.ones(domain.n_cells, dtype=torch.float64)
     else:
         per_cell = tensor.to(torch.float64).expand(domain.n_cells, *tensor.shape)
-    matrix = operator._solver(operator.conductances(per_cell), gamma / delta)[0].getOperators()[0]
+    matrix = operator.matrix(operator.conductances(per_cell), gamma / delta)
     matrix.scale(delta)
     return matrix
 
 
-def _solver(matrix: Any, direct: bool, rtol: float) -> Any:
+def spd_solver(matrix: Any, direct: bool, rtol: float) -> Any:
+    """A PETSc solver of a symmetric positive matrix: Cholesky, or conjugate gradients with multigrid."""
     ksp = PETSc.KSP().create(matrix.comm)
     ksp.setOperators(matrix)
     pc = ksp.getPC()

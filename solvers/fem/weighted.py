@@ -22,7 +22,7 @@ from torch import Tensor
 from solvers.errors import GliodeError
 from solvers.fem.mesh import Domain
 from solvers.fem.operators import DiffusionOperator
-from solvers.fem.priors import DIRECT, DIRECT_FLAT, _solver, thin_axis
+from solvers.fem.priors import DIRECT, DIRECT_FLAT, spd_solver, thin_axis
 from solvers.fem.spaces import communicator
 from solvers.spaces import GramSpace
 
@@ -81,10 +81,9 @@ class WeightedSobolev:
 
     def _solve(self, dual: Tensor) -> Tensor:
         if self._solvers is None:
-            filled = self._operator._solver(self._w, 1 / self.pull)[0].getOperators()[0]
-            matrix = filled.copy()
+            matrix = self._operator.matrix(self._w, 1 / self.pull).copy()
             flat = thin_axis(self.domain) is not None or self.domain.mesh.topology.dim < 3
-            ksp = _solver(matrix, self.domain.n_global <= (DIRECT_FLAT if flat else DIRECT), self._rtol)
+            ksp = spd_solver(matrix, self.domain.n_global <= (DIRECT_FLAT if flat else DIRECT), self._rtol)
             self._solvers = ksp, *matrix.createVecs()
         ksp, x, b = self._solvers
         b.array_w[:] = (dual / self.pull).numpy()
