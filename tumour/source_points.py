@@ -11,7 +11,7 @@ from torch import Tensor
 from inverse.problem import LeastSquares
 from inverse.regularizers.tikhonov import Tikhonov
 from inverse.uncertainty import Laplace
-from solvers.fem.priors import thin_axis
+from solvers.fem.spd import thin_axis
 from solvers.spaces import Euclidean, replicate
 from tumour.source import SourceProblem
 from tumour.source_foci import Focus

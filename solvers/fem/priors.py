@@ -25,7 +25,6 @@ import numpy as np
 import torch
 import ufl
 from mpi4py import MPI
-from petsc4py import PETSc
 from torch import Tensor
 
 from solvers.errors import GliodeError
@@ -33,10 +32,10 @@ from solvers.fem.compat import geometry_dofmap
 from solvers.fem.mesh import Domain
 from solvers.fem.operators import DiffusionOperator
 from solvers.fem.spaces import communicator
+from solvers.fem.spd import Inverse, thin_axis
 from solvers.spaces import GramSpace
 
 ROBIN = 1.42
-DIRECT, DIRECT_FLAT = 3_000, 200_000  # dofs up to which A is factorised: solids, and planes and lines
 
 
 class BiLaplacian:
@@ -59,8 +58,14 @@ class BiLaplacian:
             diagonal.array_w[:] += math.sqrt(gamma * delta) / ROBIN * boundary_mass(domain, thin).numpy()
             self._matrix.setDiagonal(diagonal)
         self._x, self._y = self._matrix.createVecs()
-        flat = thin is not None or domain.mesh.topology.dim < 3
-        self._ksp = spd_solver(self._matrix, domain.n_global <= (DIRECT_FLAT if flat else DIRECT), rtol)
+        self._inverse = Inverse(
+            domain,
+            self._matrix,
+            rtol,
+            "prior: the solve with A did not converge",
+            "check that the field given is finite, or take a shorter correlation length (a smaller gamma /"
+            " delta)",
+        )
         self.space = GramSpace(domain.n_owned, self._precision, self._covariance, communicator(domain))
 
     def sample(self, generator: torch.Generator) -> Tensor:
@@ -72,28 +77,18 @@ class BiLaplacian:
         numbers = _dof_numbers(self.domain)
         size = 1 + self.domain.comm.allreduce(int(numbers.max(initial=-1)), MPI.MAX)
         white = torch.randn(size, dtype=torch.float64, generator=generator)[torch.from_numpy(numbers)]
-        return torch.from_numpy(self._solve(np.sqrt(self._mass) * white.numpy()))
+        return torch.from_numpy(self._inverse(np.sqrt(self._mass) * white.numpy()))
 
     def _precision(self, a: Tensor) -> Tensor:
         return torch.from_numpy(self._product(self._product(a.numpy()) / self._mass))
 
     def _covariance(self, dual: Tensor) -> Tensor:
-        return torch.from_numpy(self._solve(self._mass * self._solve(dual.numpy())))
+        return torch.from_numpy(self._inverse(self._mass * self._inverse(dual.numpy())))
 
     def _product(self, a: Any) -> Any:
         self._x.array_w[:] = a
         self._matrix.mult(self._x, self._y)
         return self._y.array_r.copy()
-
-    def _solve(self, b: Any) -> Any:
-        self._y.array_w[:] = b
-        self._ksp.solve(self._y, self._x)
-        if (reason := self._ksp.getConvergedReason()) < 0:
-            raise GliodeError(
-                f"prior: the solve with A did not converge (PETSc reason {reason}); check that the field "
-                "given is finite, or take a shorter correlation length (a smaller gamma / delta)"
-            )
-        return self._x.array_r.copy()
 
 
 def bilaplacian(
@@ -145,18 +140,6 @@ def matern(domain: Domain, sd: float, length: float, robin: bool = True, rtol: f
     return bilaplacian(domain, gamma, gamma * kappa**2, robin=robin, rtol=rtol)
 
 
-def thin_axis(domain: Domain) -> int | None:
-    """The voxel axis along which a brick mesh is one voxel thick (a slab, standing for a plane), or None."""
-    if domain.grid is None:
-        return None
-    voxel = domain.grid.cell_voxel
-    low, high = np.full(3, np.iinfo(np.int64).max), np.full(3, -1)
-    domain.comm.Allreduce(voxel.min(axis=0, initial=low[0]), low, MPI.MIN)
-    domain.comm.Allreduce(voxel.max(axis=0, initial=-1), high, MPI.MAX)
-    thin = np.flatnonzero(high == low)
-    return int(thin[0]) if len(thin) == 1 else None
-
-
 def boundary_mass(domain: Domain, thin: int | None = None) -> Tensor:
     """int phi_i over the boundary, (owned dofs,); thin: a voxel axis whose two faces are left out."""
     if domain.mesh.topology.dim == 1:  # DOLFINx takes an end of a rank's part for one of the whole
@@ -185,24 +168,6 @@ def _matrix(domain: Domain, gamma: float, delta: float, tensor: Tensor | None) -
     matrix = operator.matrix(operator.conductances(per_cell), gamma / delta)
     matrix.scale(delta)
     return matrix
-
-
-def spd_solver(matrix: Any, direct: bool, rtol: float) -> Any:
-    """A PETSc solver of a symmetric positive matrix: Cholesky, or conjugate gradients with multigrid."""
-    ksp = PETSc.KSP().create(matrix.comm)
-    ksp.setOperators(matrix)
-    pc = ksp.getPC()
-    if direct:
-        ksp.setType(PETSc.KSP.Type.PREONLY)
-        pc.setType(PETSc.PC.Type.CHOLESKY)
-        if PETSc.Sys.hasExternalPackage("mumps"):
-            pc.setFactorSolverType("mumps")
-    else:
-        ksp.setType(PETSc.KSP.Type.CG)
-        pc.setType(PETSc.PC.Type.GAMG)
-        ksp.setTolerances(rtol=rtol, atol=1e-300, max_it=1000)
-    ksp.setUp()
-    return ksp
 
 
 def _dof_numbers(domain: Domain) -> Any:

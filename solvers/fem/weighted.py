@@ -14,7 +14,6 @@ is a draw of N(0, G^-1), exact where no w is negative (voxel bricks, meshes with
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,8 +21,8 @@ from torch import Tensor
 from solvers.errors import GliodeError
 from solvers.fem.mesh import Domain
 from solvers.fem.operators import DiffusionOperator
-from solvers.fem.priors import DIRECT, DIRECT_FLAT, spd_solver, thin_axis
 from solvers.fem.spaces import communicator
+from solvers.fem.spd import Inverse
 from solvers.spaces import GramSpace
 
 
@@ -50,7 +49,7 @@ class WeightedSobolev:
         self.domain, self.pull, self._rtol = domain, pull, rtol
         self._operator = operator or DiffusionOperator(domain)
         self._w = self._operator.conductances(weight)
-        self._solvers: tuple[Any, Any, Any] | None = None
+        self._inverse: Inverse | None = None
         self.space = GramSpace(domain.n_owned, self._apply, self._solve, communicator(domain))
 
     def weighted(self, weight: Tensor) -> WeightedSobolev:
@@ -80,17 +79,12 @@ class WeightedSobolev:
         return self.pull * self.domain.mass * a + self._operator.stiffness(self._w, a)
 
     def _solve(self, dual: Tensor) -> Tensor:
-        if self._solvers is None:
-            matrix = self._operator.matrix(self._w, 1 / self.pull).copy()
-            flat = thin_axis(self.domain) is not None or self.domain.mesh.topology.dim < 3
-            ksp = spd_solver(matrix, self.domain.n_global <= (DIRECT_FLAT if flat else DIRECT), self._rtol)
-            self._solvers = ksp, *matrix.createVecs()
-        ksp, x, b = self._solvers
-        b.array_w[:] = (dual / self.pull).numpy()
-        ksp.solve(b, x)
-        if (reason := ksp.getConvergedReason()) < 0:
-            raise GliodeError(
-                f"WeightedSobolev: the solve did not converge (PETSc reason {reason}); check that the "
-                "weight's largest and smallest values are not too far apart"
+        if self._inverse is None:
+            self._inverse = Inverse(
+                self.domain,
+                self._operator.matrix(self._w, 1 / self.pull).copy(),
+                self._rtol,
+                "WeightedSobolev: the solve did not converge",
+                "check that the weight's largest and smallest values are not too far apart",
             )
-        return torch.from_numpy(x.array_r.copy())
+        return torch.from_numpy(self._inverse((dual / self.pull).numpy()))

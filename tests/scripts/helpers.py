@@ -1,4 +1,4 @@
-"""A case script run as a user runs it: what the tests of simulate.py and identify.py share."""
+"""A case script run as a user runs it: what the tests of such scripts share."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import nibabel
+import numpy as np
 import yaml
 
 ROOT = Path(__file__).parents[2]
@@ -62,3 +64,8 @@ def result(out: Path) -> dict[str, Any]:
     """The record that a run left."""
     found: dict[str, Any] = json.loads((out / "result.json").read_text())
     return found
+
+
+def volume(out: Path, name: str) -> np.ndarray:
+    """A map that a run left."""
+    return np.asarray(nibabel.load(out / "maps" / f"{name}.nii.gz").dataobj)  # type: ignore[attr-defined]

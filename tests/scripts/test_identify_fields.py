@@ -8,13 +8,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-import nibabel
 import numpy as np
 import pytest
 from PIL import Image
 
 from solvers.errors import GliodeError
-from tests.scripts.helpers import Script, result
+from tests.scripts.helpers import Script, result, volume
 from tumour import case as cases
 from tumour.pictures import make
 
@@ -40,10 +39,6 @@ CASE: dict[str, Any] = {
     "identify": {"unknown": "field", "field": FIELD},
 }
 SCRIPT = Script("identify.py", CASE)
-
-
-def volume(out: Path, name: str) -> np.ndarray:
-    return np.asarray(nibabel.load(out / "maps" / f"{name}.nii.gz").dataobj)  # type: ignore[attr-defined]
 
 
 def field(**changes: Any) -> dict[str, Any]:

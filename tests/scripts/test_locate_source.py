@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
-import nibabel
 import numpy as np
 import pytest
-import yaml
 
 from solvers.errors import GliodeError
+from tests.scripts.helpers import Script, result, volume
 from tumour import case as cases
 from tumour import source_study
 from tumour.pictures import make
 
-ROOT = Path(__file__).parents[2]
-SCRIPT = ROOT / "scripts" / "locate_source.py"
 CASE: dict[str, Any] = {
     "anatomy": {"source": "mni152", "spacing": 8},
     "model": {"seed": {"width": 6}, "step": 10},
@@ -39,40 +34,9 @@ CASE: dict[str, Any] = {
     "locate": {"slice": {"axis": "z"}, "posterior": {"samples": 5}},
     "output": {"days": [-40]},
 }
-
-
 SHORT = {"locate": {"slice": {"axis": "z"}, "posterior": None}}
-
-
-def write_case(folder: Path, **parts: Any) -> Path:
-    file = folder / "tiny.yaml"
-    file.write_text(yaml.safe_dump(CASE | parts))
-    return file
-
-
-def command(case: Path, out: Path, *options: str, ranks: int = 1) -> list[str]:
-    mpi = ["mpirun", "--oversubscribe", "-n", str(ranks)] if ranks > 1 else []
-    return [*mpi, sys.executable, str(SCRIPT), str(case), "--out", str(out), *options]
-
-
-def locate(case: Path, out: Path, *options: str, ranks: int = 1) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        command(case, out, "--no-pictures", *options, ranks=ranks),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    return done
-
-
-def result(out: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((out / "result.json").read_text())
-    return found
-
-
-def volume(out: Path, name: str) -> np.ndarray:
-    return np.asarray(nibabel.load(out / "maps" / f"{name}.nii.gz").dataobj)  # type: ignore[attr-defined]
+SCRIPT = Script("locate_source.py", CASE)
+write_case, command, locate = SCRIPT.write_case, SCRIPT.command, SCRIPT.run
 
 
 @pytest.fixture(scope="module")
@@ -121,9 +85,7 @@ def test_a_stopped_search_goes_on_to_the_same_source(
     whole: tuple[Path, str], tmp_path: Path, number: signal.Signals
 ) -> None:
     case, out = write_case(tmp_path, **SHORT), tmp_path / "out"
-    process = subprocess.Popen(
-        command(case, out, "--no-pictures"), stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+    process = subprocess.Popen(command(case, out), stderr=subprocess.PIPE, text=True, start_new_session=True)
     deadline = time.monotonic() + 120
     while not (out / "restart.npz").exists() and time.monotonic() < deadline:
         time.sleep(0.002)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
 from solvers.errors import GliodeError
-from tumour.anatomy import Anatomy
+from tests.tumour import heads
 from tumour.identification import LOGARITHMIC, Identifier, Prior, Settings, _bumps
 from tumour.imaging import Modality
 from tumour.model import PARAMETERS, Seed, TumourModel, domain_of
@@ -20,21 +21,7 @@ TRUTH = {"D_white": 0.4, "D_grey": 0.08, "rho": 0.03, "x": 3.0, "y": -4.0, "z": 
 SEED = Seed(width=4.0)  # wide enough for the coarse mesh of 12 mm
 
 
-def head(spacing: float) -> Anatomy:
-    """A ball of 44 mm: white matter with grey walls, the same at every spacing up to the voxels' means."""
-    n = round(96 / spacing)
-    fine = (np.arange(2 * n) + 0.5) * spacing / 2 - 48
-    x, y, z = np.meshgrid(fine, fine, fine, indexing="ij")
-    inside = (x**2 + y**2 + z**2 <= 44**2).astype(float)
-    white = inside * (np.abs(np.sin(x / 9)) > 0.35)
-
-    def means(a: np.ndarray) -> np.ndarray:
-        return a.reshape(n, 2, n, 2, n, 2).mean((1, 3, 5))
-
-    affine = np.diag([spacing, spacing, spacing, 1.0])
-    affine[:3, 3] = -48 + spacing / 2
-    tissue = means(inside)
-    return Anatomy(means(white), tissue - means(white), np.zeros_like(tissue), affine)
+head = partial(heads.head, radius=44, side=96)
 
 
 @pytest.fixture(scope="module")

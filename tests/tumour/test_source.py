@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from mpi4py import MPI
 from inverse.problem import LeastSquares
 from solvers.errors import GliodeError
 from solvers.fem.spaces import lumped
+from tests.tumour import heads
 from tumour.anatomy import Anatomy
 from tumour.growth import exponential, gompertz, logistic
 from tumour.imaging import Modality, add_noise, noise_sd
@@ -29,21 +31,7 @@ SEED = Seed(0.5, 5.0)
 CENTRE = np.array([3.0, -4.0, 2.0])
 
 
-def head(spacing: float) -> Anatomy:
-    """A ball of 34 mm: white matter with grey walls, the same at every spacing up to the voxels' means."""
-    n = round(80 / spacing)
-    fine = (np.arange(2 * n) + 0.5) * spacing / 2 - 40
-    x, y, z = np.meshgrid(fine, fine, fine, indexing="ij")
-    inside = (x**2 + y**2 + z**2 <= 34**2).astype(float)
-    white = inside * (np.abs(np.sin(x / 9)) > 0.35)
-
-    def means(a: np.ndarray) -> np.ndarray:
-        return a.reshape(n, 2, n, 2, n, 2).mean((1, 3, 5))
-
-    affine = np.diag([spacing, spacing, spacing, 1.0])
-    affine[:3, 3] = -40 + spacing / 2
-    tissue = means(inside)
-    return Anatomy(means(white), tissue - means(white), np.zeros_like(tissue), affine)
+head = partial(heads.head, radius=34, side=80)
 
 
 def layer(spacing: float) -> Anatomy:
