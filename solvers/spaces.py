@@ -257,16 +257,20 @@ class DepthSobolev(Space):
     a weight.
 
     `times`: K >= 2 increasing knots; `shape`: of the weight at one knot, so that points have shape (K,
-    *shape); `length` >= 0 in the unit of t (0: L2 in depth).
+    *shape); `length` >= 0 in the unit of t (0: L2 in depth). `each`: the space whose inner product takes the
+    place of v . w at one depth (a field's L2 or H1, under MPI distributed); None: Euclidean.
     """
 
-    def __init__(self, times: Tensor, shape: tuple[int, ...], length: float) -> None:
+    def __init__(
+        self, times: Tensor, shape: tuple[int, ...], length: float, each: Space | None = None
+    ) -> None:
         t = torch.as_tensor(times, dtype=torch.float64).detach()
         if t.ndim != 1 or len(t) < 2 or not bool((t.diff() > 0).all()):
             raise GliodeError("DepthSobolev: times must be at least two increasing knots")
         if not (math.isfinite(length) and length >= 0):
             raise GliodeError(f"DepthSobolev: length must be finite and not negative, got {length}")
         self.shape = (len(t), *shape)
+        self._each, self.comm = each, None if each is None else each.comm
         h = t.diff()
         self._diagonal = torch.zeros_like(t)
         self._diagonal[:-1] += h / 3 + length**2 / h
@@ -279,10 +283,12 @@ class DepthSobolev(Space):
         self._pivots, self._below = pivots, below
 
     def gram(self, primal: Tensor) -> Tensor:
-        return symmetric(primal, self._product)
+        out = symmetric(primal, self._product)
+        return out if self._each is None else torch.stack([self._each.gram(row) for row in out])
 
     def riesz(self, dual: Tensor) -> Tensor:
-        return symmetric(dual, self._solve)
+        out = symmetric(dual, self._solve)
+        return out if self._each is None else torch.stack([self._each.riesz(row) for row in out])
 
     def _product(self, a: Tensor) -> Tensor:
         wide = (-1,) + (1,) * (a.ndim - 1)

@@ -21,11 +21,19 @@ class DepthWeights(nn.Module):
     """w(t) of shape `shape`, with values w_k (knots, *shape) at equal distances on [0, duration].
 
     kind: "linear": linear between the knots; "cubic": the natural cubic spline through them; "steps":
-    constant in each of `knots` time steps (a layer's own weights); "constant": one value. Raises GliodeError
-    for other kinds, too few knots (2; cubic 3), a duration that is not positive.
+    constant in each of `knots` time steps (a layer's own weights); "constant": one value. each: the space of
+    the values at one knot (None: Euclidean). Raises GliodeError for other kinds, too few knots (2; cubic 3),
+    a duration that is not positive.
     """
 
-    def __init__(self, shape: tuple[int, ...], kind: str = "linear", knots: int = 1, duration: float = 1.0):
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        kind: str = "linear",
+        knots: int = 1,
+        duration: float = 1.0,
+        each: Space | None = None,
+    ) -> None:
         super().__init__()
         if kind not in KINDS:
             raise GliodeError(f"weights: kind {kind!r} is not one of {', '.join(KINDS)}")
@@ -37,7 +45,7 @@ class DepthWeights(nn.Module):
             )
         if not (math.isfinite(duration) and duration > 0):
             raise GliodeError(f"weights: the duration must be positive and finite, got {duration}")
-        self.kind, self.duration = kind, duration
+        self.kind, self.duration, self.each = kind, duration, each
         self.values = nn.Parameter(torch.zeros(knots, *shape))
         self._basis: tuple[bytes, Tensor, list[list[int]]] | None = None
 
@@ -94,8 +102,8 @@ class DepthWeights(nn.Module):
         """H1 over the depth with a length scale (0: L2); see `solvers.spaces.DepthSobolev`."""
         shape = tuple(self.values.shape[1:])
         if len(self.values) == 1:
-            return Euclidean(math.prod(shape))
-        return DepthSobolev(self.knots, shape, length)
+            return self.each or Euclidean(math.prod(shape))
+        return DepthSobolev(self.knots, shape, length, self.each)
 
     def roughness(self) -> float:
         """The mean over depth and entries of |w'(t)|."""

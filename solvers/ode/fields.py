@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from solvers.errors import GliodeError
+from solvers.ode.tableau import Tableau
 
 Rows = list[list[int]]
 Saved = tuple[Tensor, ...]
@@ -57,6 +58,9 @@ class VectorField(nn.Module):
     @abstractmethod
     def rhs(self, x: Tensor, *w: Tensor) -> Tensor:
         """f at the states x (..., d) with one row of each weight, on the tape in both modes."""
+
+    def check(self, x0: Tensor, times: Tensor, scheme: Tableau) -> None:
+        """Raise GliodeError where an integration cannot succeed; called before each. Here: nothing to say."""
 
     def push(self, x: Tensor, w: Sequence[Tensor], out: Tensor) -> Saved:
         """f(x; w) into `out`, off the tape; returns what `pull` needs besides x and w (`out` may be part of

@@ -92,6 +92,7 @@ def integrate(
             raise GliodeError("parameters: a VectorField has its own weights; they are for plain functions")
     else:
         field = Function(field, parameters)
+    field.check(x0, times, scheme)
     steps = times.diff()
     kicks: Tensor | None = None
     if noise is not None and noise.std:

@@ -192,6 +192,19 @@ class Tableau:
         lowest = float(np.linalg.eigvalsh(algebraic)[0])
         return math.inf if lowest > -TOLERANCE else -1 / lowest
 
+    @cached_property
+    def real_interval(self) -> float:
+        """The l for which |R(z)| <= 1 on [-l, 0], R(z) = 1 + z b^T (1 - z A)^-1 1; of an explicit scheme.
+
+        Sampled to z = -2.2 s^2, beyond the 2 s^2 that no consistent scheme of s stages exceeds.
+        """
+        z = -np.linspace(0, 2.2 * self.stages**2, max(4000, 400 * self.stages))
+        K = np.ones((self.stages, len(z)))
+        for i in range(1, self.stages):
+            K[i] += z * (self.A[i, :i] @ K[:i])
+        outside = np.flatnonzero(np.abs(1 + z * (self.b @ K)) > 1 + 1e-9)
+        return float(-z[outside[0] - 1])
+
     def partner(self) -> Tableau:
         r"""The symplectic partner, the scheme of the exact discrete adjoint:
 

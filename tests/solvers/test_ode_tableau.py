@@ -252,3 +252,13 @@ def test_chebyshev_is_stable_up_to_its_real_interval(stages: int) -> None:
     assert abs(growth(chebyshev(stages), -1.5 * end)[0]) > 1.05  # and not far beyond
     assert R[z < -0.2 * end][:-400].abs().max() < 0.99  # damped within
     np.testing.assert_allclose(R.numpy(), growth(chebyshev(stages), z.numpy()), atol=1e-8)
+
+
+def test_the_stability_interval_is_the_known_one() -> None:
+    """Euler and Heun 2, Kutta 3 2.5127, Kutta 4 2.7853 (Hairer and Wanner II, table IV.2), Chebyshev's."""
+    known = {"euler": 2.0, "heun": 2.0, "kutta3": 2.5127, "ssp3": 2.5127, "kutta4": 2.7853}
+    for name, length in known.items():
+        assert TABLEAUX[name].real_interval == pytest.approx(length, rel=2e-3)
+    assert chebyshev(3).real_interval > real_interval(3)  # an estimate for many stages
+    for stages in (10, 40):
+        assert chebyshev(stages).real_interval == pytest.approx(real_interval(stages), rel=0.02)
