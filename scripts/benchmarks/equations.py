@@ -1,0 +1,48 @@
+"""A row for each equation: error and order of the direct problem, truth and estimate at 1 % noise.
+
+The rows are those of scripts/benchmarks/equation_rows, each module in a process of its own, two at a time. At
+most two rows may miss 5 % in a parameter, over three seeds of noise; the worst seed counts. `--full` adds the
+cylinder DFG 2D-2.
+"""
+
+from __future__ import annotations
+
+import importlib
+import multiprocessing
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+
+from scripts.benchmarks import Check
+from scripts.benchmarks.equation_rows import WITHIN, Row
+
+FOLDER = Path(__file__).with_name("equation_rows")
+MAY_MISS = 2
+
+
+def run(full: bool) -> list[Check]:
+    """All rows, and how many miss in their parameters."""
+    names = sorted(path.stem for path in FOLDER.glob("[!_]*.py"))
+    found: dict[str, list[Row]] = {}
+    context = multiprocessing.get_context("spawn")  # MPI does not survive a fork
+    with ProcessPoolExecutor(2, mp_context=context) as pool:
+        waiting = {pool.submit(_rows, name, full): name for name in names}
+        for done in as_completed(waiting):
+            name = waiting[done]
+            found[name], seconds = done.result()
+            print(f"{name}: {len(found[name])} rows in {seconds:.0f} s", file=sys.stderr)
+    rows = [row for name in names for row in found[name]]
+    misses = [row.case for row in rows if row.parameters and not row.worst <= WITHIN]
+    checks = [check for row in rows for check in row.checks()]
+    checks.append(Check("rows", len(rows)))
+    what = "rows that miss 5 % in a parameter"
+    checks.append(Check.at_most(what + (f" ({', '.join(misses)})" if misses else ""), len(misses), MAY_MISS))
+    return checks
+
+
+def _rows(name: str, full: bool) -> tuple[list[Row], float]:
+    """The rows of a module, and the seconds they took."""
+    start = time.perf_counter()
+    rows = importlib.import_module(f"scripts.benchmarks.equation_rows.{name}").rows(full)
+    return rows, time.perf_counter() - start
