@@ -6,7 +6,7 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -14,6 +14,8 @@ from scripts.launching import Interrupted, Progress, Stop, missing_packages, pic
 
 with missing_packages("locate_source.py"):
     import typer
+
+    from scripts.options import CaseFile, Out, Pictures, Resume
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -27,20 +29,10 @@ if TYPE_CHECKING:
 
 
 def main(
-    case: Annotated[
-        Path,
-        typer.Argument(help="The case, a YAML file (its keys: data/cases/README.md).", show_default=False),
-    ],
-    out: Annotated[Path, typer.Option(help="Folder for the results; made if missing.", show_default=False)],
-    resume: Annotated[
-        bool,
-        typer.Option(
-            "--resume/--fresh", help="Go on with an interrupted run of the same case, or start anew."
-        ),
-    ] = True,
-    draw: Annotated[
-        bool, typer.Option("--pictures/--no-pictures", help="Draw the results at the end.")
-    ] = True,
+    case: CaseFile,
+    out: Out,
+    resume: Resume = True,
+    draw: Pictures = True,
 ) -> None:
     """Recover the density from which the tumour of CASE grew, from its scans, D, rho and the time known.
 

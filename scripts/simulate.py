@@ -15,6 +15,8 @@ from scripts.launching import Interrupted, Progress, Stop, missing_packages, pic
 with missing_packages("simulate.py"):
     import typer
 
+    from scripts.options import CaseFile, Out, Pictures, Resume
+
 if TYPE_CHECKING:
     from mpi4py import MPI
 
@@ -24,21 +26,11 @@ if TYPE_CHECKING:
 
 
 def main(
-    case: Annotated[
-        Path,
-        typer.Argument(help="The case, a YAML file (its keys: data/cases/README.md).", show_default=False),
-    ],
-    out: Annotated[Path, typer.Option(help="Folder for the results; made if missing.", show_default=False)],
-    resume: Annotated[
-        bool,
-        typer.Option(
-            "--resume/--fresh", help="Go on with an interrupted run of the same case, or start anew."
-        ),
-    ] = True,
+    case: CaseFile,
+    out: Out,
+    resume: Resume = True,
     save_every: Annotated[float, typer.Option(help="Seconds between restart files.", min=0)] = 20.0,
-    draw: Annotated[
-        bool, typer.Option("--pictures/--no-pictures", help="Draw the results at the end.")
-    ] = True,
+    draw: Pictures = True,
 ) -> None:
     """Grow the tumour that CASE describes under `truth`, and scan it.
 
