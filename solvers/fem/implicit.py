@@ -39,6 +39,10 @@ Operator = Callable[[Any, Any], ufl.Form]
 _prefixes = itertools.count()
 
 
+class NotConverged(GliodeError):
+    """Newton's method found no solution of a step."""
+
+
 class _Variable:
     """A variable of a form: the UFL symbol to differentiate by, and the storage that compiled forms read.
 
@@ -335,8 +339,9 @@ class ImplicitStep:
     rank's part of the sum (a field's is complete). In forward mode the tangents of scalars are equal on all
     ranks.
 
-    Raises GliodeError where a value does not fit, where a solve fails (with PETSc's reason), and in a
-    gradient if a coefficient outside `parameters` was changed after the step.
+    Raises GliodeError where a value does not fit, where a solve fails (with PETSc's reason; where it is
+    Newton's method, NotConverged), and in a gradient if a coefficient outside `parameters` was changed after
+    the step.
     """
 
     def __init__(
@@ -413,7 +418,7 @@ class ImplicitStep:
         self._snes.solve(None, self._solution)
         reason = self._snes.getConvergedReason()
         if reason < 0 or not np.isfinite(self._solution.norm()):
-            raise GliodeError(
+            raise NotConverged(
                 f"implicit step: Newton did not converge ({_reason(PETSc.SNES, reason)} after "
                 f"{self._snes.getIterationNumber()} iterations, norm of u1 {self._solution.norm():.1e}); "
                 "try a smaller time step, or check the parameters for values that make no sense"

@@ -40,10 +40,10 @@ class Sampling:
         return (local[self._dofs] * self._weights).sum(1)
 
 
-def _all(domain: Domain, array: np.ndarray, op: MPI.Op) -> np.ndarray:
+def _all(comm: MPI.Comm, array: np.ndarray, op: MPI.Op) -> np.ndarray:
     """The reduction of an array over the ranks."""
     total = np.ascontiguousarray(array).copy()
-    domain.comm.Allreduce(MPI.IN_PLACE, total, op=op)
+    comm.Allreduce(MPI.IN_PLACE, total, op=op)
     return total
 
 
@@ -52,7 +52,7 @@ def _refuse(where: FloatArray, reach: float) -> None:
         raise GliodeError(
             f"points: {len(where)} lie outside the mesh (more than {reach:g} mm), the first at "
             f"{where[0].round(2).tolist()} mm;"
-            " check that the coordinates are RAS mm of the same scan"
+            " check the coordinates (those of a scan are RAS mm)"
         )
 
 
@@ -61,7 +61,7 @@ def _on_grid(domain: Domain, points: FloatArray, reach: float) -> tuple[Any, Any
     assert grid is not None
     at = grid.coordinates(points)
     own = grid.voxel_cell >= 0
-    everyone = _all(domain, own, MPI.LOR)
+    everyone = _all(domain.comm, own, MPI.LOR)
     voxel = np.clip(np.rint(at).astype(np.int64), 0, np.array(grid.shape) - 1)
     inside = everyone[tuple(voxel.T)]
     if not inside.all():
@@ -88,7 +88,18 @@ def _on_grid(domain: Domain, points: FloatArray, reach: float) -> tuple[Any, Any
 
 
 def _on_mesh(domain: Domain, points: FloatArray, reach: float) -> tuple[Any, Any, FloatArray]:
-    mesh = domain.mesh
+    rows, cells, reference = locate(domain.mesh, points, reach)
+    name = domain.mesh.topology.cell_name()
+    weights = np.empty((len(rows), domain.cell_dofs.shape[1]))
+    for k in range(len(rows)):
+        weights[k] = tabulate(name, reference[k : k + 1]).values[0]
+    return rows, cells, weights
+
+
+def locate(mesh: dolfinx.mesh.Mesh, points: FloatArray, reach: float = 0.0) -> tuple[Any, Any, FloatArray]:
+    """The points (n, 3) that this rank evaluates (each has one rank), their cells, and where in these they
+    lie in reference coordinates; a point off the mesh is refused with a GliodeError. Collective.
+    """
     tree = dolfinx.geometry.bb_tree(mesh, mesh.topology.dim, padding=1e-9)
     candidates = dolfinx.geometry.compute_collisions_points(tree, points)
     colliding = dolfinx.geometry.compute_colliding_cells(mesh, candidates, points)
@@ -96,22 +107,17 @@ def _on_mesh(domain: Domain, points: FloatArray, reach: float) -> tuple[Any, Any
     first = np.full(len(points), -1, dtype=np.int64)
     first[found] = colliding.array[colliding.offsets[:-1][found]]
     # A point on an interface is found by several ranks: the lowest keeps it.
-    rank = np.where(found, domain.comm.rank, domain.comm.size)
-    owner = _all(domain, rank, MPI.MIN)
-    _refuse(points[owner == domain.comm.size], reach)
-    rows = np.flatnonzero(owner == domain.comm.rank)
+    rank = np.where(found, mesh.comm.rank, mesh.comm.size)
+    owner = _all(mesh.comm, rank, MPI.MIN)
+    _refuse(points[owner == mesh.comm.size], reach)
+    rows = np.flatnonzero(owner == mesh.comm.rank)
     cells = first[rows]
-    name = mesh.topology.cell_name()
-    nodes_of = geometry_dofmap(mesh)
-    weights = np.empty((len(rows), domain.cell_dofs.shape[1]))
+    nodes_of, dim = geometry_dofmap(mesh), mesh.geometry.dim
+    reference = np.empty((len(rows), mesh.topology.dim))
     for k, cell in enumerate(cells):
-        point = points[rows[k]]
-        nodes = mesh.geometry.x[nodes_of[cell]]
-        reference = mesh.geometry.cmap.pull_back(
-            point[None, : mesh.geometry.dim], nodes[:, : mesh.geometry.dim]
-        )
-        weights[k] = tabulate(name, reference).values[0]
-    return rows, cells, weights
+        nodes = mesh.geometry.x[nodes_of[cell]][:, :dim]
+        reference[k] = mesh.geometry.cmap.pull_back(points[rows[k]][None, :dim], nodes)[0]
+    return rows, cells, reference
 
 
 def cell_means(domain: Domain, u: Tensor) -> FloatArray:
