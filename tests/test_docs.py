@@ -88,8 +88,10 @@ def test_commands_name_files_and_options_that_exist() -> None:
             assert f"\n{target}:" in (ROOT / "Makefile").read_text(), command
         script = re.search(r"scripts/\w+\.py", command)
         for option in re.findall(r"\s--([a-z-]+)", command.partition(script.group())[2] if script else ""):
-            text = (ROOT / script.group()).read_text() if script else ""
-            assert f"--{option}" in text or f" {option.replace('-', '_')}: Annotated" in text, command
+            files = (script.group(), "scripts/options.py") if script else ()
+            text = "".join((ROOT / file).read_text() for file in files)
+            argument = rf"^    {option.replace('-', '_')}: (Annotated|Out\b)"
+            assert f"--{option}" in text or re.search(argument, text, re.M), command
 
 
 def test_the_pages_build_without_a_warning(tmp_path: Path) -> None:
