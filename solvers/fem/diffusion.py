@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import math
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from mpi4py import MPI
 from torch import Tensor
 
-from solvers.errors import GliodeError
+from solvers import resolvent
 from solvers.fem.legendre import LegendreFlow
 from solvers.fem.operators import DiffusionOperator
 
 Scheme = Literal["rkl2", "sdirk2", "crank-nicolson", "implicit-euler"]
-
-_GAMMA = 1.0 - 1.0 / math.sqrt(2.0)
 
 
 class DiffusionStep:
@@ -23,11 +20,7 @@ class DiffusionStep:
 
     - ``rkl2`` (default): the Runge-Kutta-Legendre polynomial of order 2, explicit, stable at any step
       (`LegendreFlow`).
-    - ``sdirk2``: the two-stage L-stable SDIRK of order 2, gamma = 1 - 1/sqrt 2, which for a linear problem is
-      u1 = S((1 + sqrt 2) S u0 - sqrt 2 u0) with tau = gamma dt (Alexander 1977; Hairer & Wanner II, table
-      6.5).
-    - ``crank-nicolson``: u1 = 2 S(dt/2) u0 - u0; order 2, one solve, A-stable only.
-    - ``implicit-euler``: u1 = S(dt) u0; order 1.
+    - ``sdirk2``, ``crank-nicolson`` (order 2), ``implicit-euler`` (order 1): see `solvers.resolvent.advance`.
 
     Bounds. Diffusion keeps min u0 <= u <= max u0. With an M-matrix (voxel bricks, scalar D) implicit Euler
     does too at any step; a second-order step that leaves the bounds by more than `margin` is taken again by
@@ -37,8 +30,7 @@ class DiffusionStep:
     """
 
     def __init__(self, operator: DiffusionOperator, scheme: Scheme = "rkl2", margin: float = 1e-7) -> None:
-        if scheme not in get_args(Scheme):
-            raise GliodeError(f"scheme: {scheme!r} is not one of {', '.join(get_args(Scheme))}")
+        resolvent.check(scheme, ("rkl2",))
         self.operator = operator
         self.scheme = scheme
         self.margin = margin
@@ -48,23 +40,15 @@ class DiffusionStep:
     def __call__(self, u: Tensor, dt: Tensor | float, w: Tensor) -> Tensor:
         """Advance the state u (owned dofs,) by dt days with conductances w = operator.conductances(D)."""
         dt = torch.as_tensor(dt, dtype=torch.float64)
-        if self.scheme == "implicit-euler":
-            return self._resolvent(u, w, dt)
-        if self._flow is not None:
-            u1 = self._flow(u, w, dt)
-        elif self.scheme == "sdirk2":
-            tau = _GAMMA * dt
-            first = self._resolvent(u, w, tau)
-            u1 = self._resolvent((1.0 + math.sqrt(2.0)) * first - math.sqrt(2.0) * u, w, tau)
-        else:
-            u1 = 2.0 * self._resolvent(u, w, dt / 2) - u
-        if self._leaves_bounds(u, u1):
-            self.fallbacks += 1
-            u1 = self._resolvent(self._resolvent(u, w, dt / 2), w, dt / 2)
-        return u1
 
-    def _resolvent(self, u: Tensor, w: Tensor, tau: Tensor) -> Tensor:
-        return self.operator.solve(self.operator.domain.mass * u, w, tau)
+        def S(v: Tensor, tau: Tensor) -> Tensor:
+            return self.operator.solve(self.operator.domain.mass * v, w, tau)
+
+        u1 = self._flow(u, w, dt) if self._flow else resolvent.advance(self.scheme, S, u, dt)
+        if self.scheme != "implicit-euler" and self._leaves_bounds(u, u1):
+            self.fallbacks += 1
+            u1 = resolvent.halves(S, u, dt)
+        return u1
 
     def _leaves_bounds(self, before: Tensor, after: Tensor) -> bool:
         low, high = torch.aminmax(before.detach())

@@ -1,28 +1,17 @@
-"""The one loop that neither PETSc nor torch does well, in C; FFCx, and so DOLFINx, needs a C compiler anyway.
-
-It is compiled at first use, in a second, into the user's cache folder under a name that is a hash of the
-source.
-"""
+"""The one loop of a diffusion step that neither PETSc nor torch does well, in C (see `solvers.kernels`)."""
 
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import os
-import platform
-import shutil
-import subprocess
-import tempfile
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from solvers.errors import GliodeError
+from solvers.kernels import library
 
 SOURCE = Path(__file__).with_name("stage.c")
-FLAGS = ("-O2", "-shared", "-fPIC")
 FloatArray = np.ndarray[Any, np.dtype[np.float64]]
 
 
@@ -76,32 +65,7 @@ class Stage:
 @cache
 def _compiled() -> Any:
     """The C function. Raises GliodeError where it cannot be compiled."""
-    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    if not compiler:
-        raise GliodeError(
-            "no C compiler found (cc, gcc, clang or $CC): DOLFINx needs one, and so does Gliode; install gcc"
-        )
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gliode"
-    text = SOURCE.read_bytes() + " ".join((compiler, *FLAGS, platform.platform())).encode()
-    library = folder / f"stage-{hashlib.sha256(text).hexdigest()[:16]}.so"
-    try:
-        if not library.exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=folder) as scratch:
-                made = Path(scratch) / library.name
-                command = [*compiler.split(), *FLAGS, "-o", str(made), str(SOURCE)]
-                subprocess.run(command, check=True, capture_output=True, text=True, timeout=60)
-                os.replace(made, library)  # at once: other ranks and runs see all of it or nothing
-        function = ctypes.CDLL(str(library)).stage
-    except subprocess.SubprocessError as error:
-        detail = getattr(error, "stderr", None) or error
-        raise GliodeError(
-            f"{compiler} cannot compile {SOURCE.name}: {detail}; set $CC to a C compiler that works"
-        ) from error
-    except OSError as error:
-        raise GliodeError(
-            f"{library}: {error}; set $XDG_CACHE_HOME to a folder to write to and run from"
-        ) from error
+    function = library(SOURCE).stage
     size, pointer, real = ctypes.c_ssize_t, ctypes.c_void_p, ctypes.c_double
     function.argtypes = [size, *[pointer] * 5, real, *[pointer] * 5, real, real]
     function.restype = None

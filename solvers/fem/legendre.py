@@ -1,15 +1,9 @@
 r"""Diffusion by a Runge-Kutta-Legendre polynomial: products instead of linear solves, and its exact adjoint.
 
-For M u' = -K(w) u write L = M^-1 K(w). One step of RKL2 (Meyer, Balsara & Aslam 2014, J. Comput. Phys. 257,
-594) is
-
-    u1 = (1 - b) u0 + b P_s(1 - theta L) u0,   theta = 4 dt / (s^2 + s - 2),  b = (s^2 + s - 2) / (2s (s+1)),
-
-P_s the Legendre polynomial of degree s: order 2, stable for dt |L| <= (s^2 + s - 2)/2, so a step twice as
-long needs only 1.4 times the stages. On voxels it all but keeps the bounds: the response to a unit load
-undershoots by at most 6 % of its largest value at any step (SDIRK2: by 100 times it). What should vanish
-within a step, modes of dt (mode's rate) > 2, is halved only, so steps are to resolve the widths that matter:
-dt D < width^2.
+For M u' = -K(w) u a step is u(dt) = (1 - b) u0 + b P_s(1 - theta L) u0 with L = M^-1 K(w) and the s, b and
+theta of `solvers.legendre`. On voxels it all but keeps the bounds: the response to a unit load undershoots by
+at most 6 % of its largest value at any step (SDIRK2: by 100 times it). What should vanish within a step,
+modes of dt (mode's rate) > 2, is halved only, so steps are to resolve the widths that matter: dt D < width^2.
 
 The polynomial of a symmetric operator is its own adjoint, so a gradient costs the same products once more,
 and it is exact to rounding: there is no solver tolerance. With y_j = P_j(1 - theta L) u0 and a_j the
@@ -21,8 +15,6 @@ transposed recurrence,
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -35,43 +27,7 @@ from solvers.evolution import is_dual
 from solvers.fem.kernels import Stage
 from solvers.fem.mesh import FloatArray
 from solvers.fem.operators import DiffusionOperator
-
-MOST_STAGES = 2001
-
-
-@dataclass(frozen=True)
-class _Polynomial:
-    """s stages of y_j = alpha_j B y_{j-1} - beta_j y_{j-2}, B = 1 - theta L, and of the transposed
-    recurrence.
-
-    Both run scaled, y_j = scale_j z_j with z_j = z_{j-2} + factor_j B z_{j-1}: one pass over memory a stage.
-    """
-
-    s: int
-    b: float
-    alpha: FloatArray
-    beta: FloatArray
-    factor: FloatArray
-    scale: FloatArray
-    adjoint_factor: FloatArray
-    adjoint_scale: FloatArray
-
-
-@lru_cache(maxsize=256)
-def _polynomial(s: int) -> _Polynomial:
-    j = np.arange(1, s + 1)
-    alpha, beta = (2 * j - 1) / j, (j - 1) / j
-
-    def scaled(alpha: FloatArray, beta: FloatArray) -> tuple[FloatArray, FloatArray]:
-        scale = np.ones(s + 1)
-        for k in range(2, s + 1):
-            scale[k] = -beta[k - 1] * scale[k - 2]
-        return alpha * scale[:-1] / scale[1:], scale
-
-    b = (s * s + s - 2) / (2 * s * (s + 1))
-    # Transposed, the recurrence runs from the last stage to the first.
-    transposed = scaled(alpha[::-1], np.concatenate([[0.0], beta[:0:-1]]))
-    return _Polynomial(s, b, alpha, beta, *scaled(alpha, beta), *transposed)
+from solvers.legendre import MOST_STAGES, Polynomial, polynomial, stages_for
 
 
 class LegendreFlow:
@@ -105,22 +61,19 @@ class LegendreFlow:
             before, y = y, float(alpha) * (y - theta * rate) - float(beta) * before
         return (1.0 - p.b) * u + p.b * y
 
-    def polynomial(self, w: Tensor, dt: float) -> _Polynomial:
+    def polynomial(self, w: Tensor, dt: float) -> Polynomial:
         """The polynomial with the stages that make a step of dt days stable."""
         bound = self.bound(w)
         if dt < 0:
             raise GliodeError(f"diffusion: a step of {dt} days runs backwards, which no solver can follow")
-        z = dt * bound
-        s = max(2, math.ceil((math.sqrt(9.0 + 8.0 * z) - 1.0) / 2.0 - 1e-9))
-        if s % 2 == 0 and z > 0.95 * (s * s + s - 2) / 2:
-            s += 1  # at the end of its interval an even polynomial damps nothing
+        s = stages_for(dt * bound)
         if s > MOST_STAGES:
             raise GliodeError(
                 f"diffusion: a step of {dt:g} days needs {s} stages on this mesh (the fastest mode decays at"
                 f" {bound:.3g}/day); remove slivers from the mesh, shorten the step, or choose the scheme"
                 " sdirk2"
             )
-        return _polynomial(s)
+        return polynomial(s)
 
     def bound(self, w: Tensor) -> float:
         """A bound of L's eigenvalues in 1/day (Gershgorin); the last few are kept."""

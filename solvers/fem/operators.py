@@ -24,6 +24,7 @@ from torch import Tensor
 from solvers.errors import GliodeError
 from solvers.fem.bricks import brick_pairs
 from solvers.fem.mesh import Domain, _rule, jacobians, tabulate
+from solvers.operators import Conductances
 
 
 @dataclass
@@ -34,48 +35,29 @@ class SolveCount:
     iterations: int = 0
 
 
-class Conductances:
-    """The linear map D (per cell) -> w (per pair of vertices).
-
-    D is (cells,) for isotropic diffusion, or (cells, d, d) symmetric for a tensor when `tensor` is true;
-    mm^2/day. The map is a dense table per cell (one for all voxel bricks) and one scatter: plain torch,
-    differentiable.
-    """
-
-    def __init__(self, domain: Domain, tensor: bool = False) -> None:
-        self.tensor = tensor
-        self.vertex_rule = domain.grid is not None and not tensor
-        cell = domain.mesh.topology.cell_name()
-        table, pairs = _pair_table(domain, cell, self.vertex_rule, tensor)
-        if domain.grid is not None and self.vertex_rule:
-            first, second, edge = brick_pairs(domain.grid.cell_voxel, domain.cell_dofs, pairs)
-        else:
-            first, second, edge = _general_pairs(domain, pairs)
-        self.first, self.second = torch.from_numpy(first), torch.from_numpy(second)
-        self._edge = torch.from_numpy(edge.ravel())
-        self._table = torch.from_numpy(np.ascontiguousarray(table))
-        self.n_edges = len(first)
-        self._cells = domain.n_cells
-
-    def __call__(self, D: Tensor) -> Tensor:
-        """The weights w, (pairs,), of a diffusivity per cell."""
-        expected = (self._cells, *self._table.shape[2:])
-        if tuple(D.shape) != expected:
-            raise GliodeError(
-                f"D: shape {tuple(D.shape)}, expected {expected} (one value per cell of this mesh)"
-            )
-        per_cell = (
-            (self._table * D.unsqueeze(1)).flatten(2).sum(2) if self.tensor else self._table * D[:, None]
-        )
-        return torch.zeros(self.n_edges, dtype=D.dtype).index_add(0, self._edge, per_cell.reshape(-1))
+def conductances(domain: Domain, tensor: bool = False) -> Conductances:
+    """The linear map D (per cell) -> w (per pair of local vertices) of a domain; `tensor`: D is a tensor."""
+    cell, vertex_rule = domain.mesh.topology.cell_name(), domain.grid is not None and not tensor
+    table, pairs = pair_table(domain, cell, vertex_rule, tensor)
+    voxel = domain.grid.cell_voxel if domain.grid is not None and vertex_rule else None
+    return graph(domain.cell_dofs, pairs, table, len(domain.points), voxel)
 
 
-def _general_pairs(domain: Domain, pairs: Any) -> tuple[Any, Any, Any]:
+def graph(cell_dofs: Any, pairs: Any, table: Any, n: int, voxel: Any = None) -> Conductances:
+    """Of the cells' vertices, a cell's pairs (k, 2) and their table; voxel: (cells, 3) of bricks, or None."""
+    if voxel is not None:
+        first, second, edge = brick_pairs(voxel, cell_dofs, pairs)
+    else:
+        first, second, edge = _general_pairs(cell_dofs.astype(np.int64), n, pairs)
+    parts = [torch.from_numpy(np.ascontiguousarray(part)) for part in (first, second, edge, table)]
+    return Conductances(parts[0], parts[1], parts[2], parts[3], n, voxel is not None)
+
+
+def _general_pairs(dofs: Any, n: int, pairs: Any) -> tuple[Any, Any, Any]:
     """What `brick_pairs` gives, on any mesh."""
-    dofs, n = domain.cell_dofs.astype(np.int64), len(domain.points)
     i, j = dofs[:, pairs[:, 0]].ravel(), dofs[:, pairs[:, 1]].ravel()
     unique, inverse = _unique(np.minimum(i, j) * n + np.maximum(i, j))
-    return unique // n, unique % n, inverse
+    return unique // n, unique % n, inverse.reshape(len(dofs), len(pairs))
 
 
 def _unique(key: np.ndarray[Any, np.dtype[np.int64]]) -> tuple[Any, Any]:
@@ -90,7 +72,7 @@ def _unique(key: np.ndarray[Any, np.dtype[np.int64]]) -> tuple[Any, Any]:
     return ordered[new], inverse
 
 
-def _pair_table(domain: Domain, cell: str, vertex_rule: bool, tensor: bool) -> tuple[Any, Any]:
+def pair_table(domain: Domain, cell: str, vertex_rule: bool, tensor: bool) -> tuple[Any, Any]:
     """-int grad(phi_i) . grad(phi_j) for the pairs i < j of a cell: (cells or 1, pairs[, d, d]) and (pairs,
     2).
     """
@@ -134,7 +116,7 @@ class DiffusionOperator:
     def __init__(self, domain: Domain, tensor: bool = False, rtol: float = 1e-10) -> None:
         self.domain = domain
         self.rtol = rtol
-        self.conductances = Conductances(domain, tensor)
+        self.conductances = conductances(domain, tensor)
         self.count = SolveCount()
         self._i, self._j = self.conductances.first, self.conductances.second
         self._kept: list[tuple[Tensor, float, Any]] = []
