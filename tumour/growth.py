@@ -65,7 +65,7 @@ class _Logistic(torch.autograd.Function):
         # The same in place, for the first derivatives by a number.
         growth, decay = torch.expm1(t), torch.exp(t)
         grad_u = (u * growth).add_(1.0).reciprocal_().square_().mul_(decay).mul_(grads[0])
-        grad_t = torch.dot(grad_u, u - u.square()) if ctx.needs_input_grad[1] else None
+        grad_t = torch.dot(grad_u.flatten(), (u - u.square()).flatten()) if ctx.needs_input_grad[1] else None
         return grad_u, grad_t
 
     @staticmethod
