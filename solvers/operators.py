@@ -137,7 +137,7 @@ class Conductances:
             )
         if D.dtype != self.table.dtype or D.device != self.table.device:
             raise GliodeError(
-                f"D: {D.dtype} on {D.device}, this operator {self.table.dtype} on {self.table.device}; move one"
+                f"D: {D.dtype} on {D.device}, this operator {self.table.dtype} on {self.table.device}"
             )
         batch = D.shape[: D.ndim - len(expected)]
         D = D.unsqueeze(len(batch) + 1)

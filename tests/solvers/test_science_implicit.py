@@ -82,6 +82,31 @@ def test_all_derivatives_of_a_solve(mass: str, many: bool) -> None:
     assert torch.autograd.gradgradcheck(S, (b, w, tau), check_fwd_over_rev=True)
 
 
+class Shifts:
+    """The chain's K(w) without a matrix: differences of neighbours, and theirs."""
+
+    def __call__(self, w: Tensor, u: Tensor) -> Tensor:
+        flux = w * u.diff(dim=-1)
+        zero = torch.zeros_like(flux[..., :1])
+        return -torch.cat([zero, flux, zero], -1).diff(dim=-1)
+
+    def diagonal(self, w: Tensor) -> Tensor:
+        zero = torch.zeros_like(w[..., :1])
+        return torch.cat([w, zero], -1) + torch.cat([zero, w], -1)
+
+    def at(self, w: Tensor) -> Callable[[Tensor], Tensor]:
+        return lambda u: self(w, u)
+
+
+def test_any_product_will_do() -> None:
+    mass = torch.linspace(0.5, 1.5, 4, dtype=F64)
+    S, ours = Resolvent(mass, Shifts(), 1e-15), resolvent(mass, 4)
+    b = torch.rand(2, 4, dtype=F64, requires_grad=True)
+    w = torch.rand(2, 3, dtype=F64, requires_grad=True)
+    torch.testing.assert_close(S(b, w, 2.0), ours(b, w, 2.0))
+    assert torch.autograd.gradcheck(lambda b, w: S(b, w, 2.0), (b, w), check_forward_ad=True)
+
+
 def test_the_mass_alone_is_inverted() -> None:
     M = consistent()
     b = torch.rand(2, 8, dtype=F64, requires_grad=True)
