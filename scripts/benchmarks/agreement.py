@@ -15,8 +15,6 @@ which know D by its tissues only); four different patients at once against each 
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +26,7 @@ from mpi4py import MPI
 from torch import Tensor
 
 from scripts.benchmarks import Check
+from scripts.benchmarks._ranks import called
 from scripts.benchmarks.brain import CENTRE, DAYS, GREY, RHO, WHITE
 from solvers.evolution import Evolution, PointwiseStep, Strang
 from solvers.fem.diffusion import DiffusionStep, Scheme
@@ -58,7 +57,6 @@ PATIENTS = {
     "rho": [RHO, 0.010, 0.006, 0.025],
     "age": [DAYS, 260.0, 190.0, 150.0],
 }
-ROOT = Path(__file__).resolve().parents[2]
 Array = np.ndarray[Any, np.dtype[Any]]
 Outcome = dict[str, Array]  # the state, and the gradient by each name
 Run = Callable[..., Tensor]  # (u0 (batch, n), D (batch, cells), rho (batch, 1), age (batch, 1)) -> u
@@ -168,17 +166,9 @@ def on_ranks(count: int) -> Outcome:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "outcome.npz"
         code = f"from scripts.benchmarks.agreement import worker; worker({str(path)!r})"
-        command = ["mpirun", "--oversubscribe", "-n", str(count), sys.executable, "-c", code]
-        settings = {
-            "OMP_NUM_THREADS": "1",
-            "OMPI_ALLOW_RUN_AS_ROOT": "1",
-            "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-        }
-        environment = {**os.environ, **settings, "PYTHONPATH": str(ROOT)}
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+        called(code, count)
         outcome = read_arrays(path, "agreement")
-        if done.returncode or outcome is None:
-            raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout}\n{done.stderr}")
+        assert outcome is not None
         return outcome
 
 

@@ -16,12 +16,9 @@ import json
 import math
 import os
 import resource
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,12 +27,12 @@ from mpi4py import MPI
 from torch import Tensor
 
 from scripts.benchmarks import Check
+from scripts.benchmarks._ranks import called
 from tumour.anatomy import mni152
 from tumour.model import Seed, TumourModel, domain_of
 
 DAYS, RHO, WHITE, GREY = 200.0, 0.012, 0.65, 0.13
 CENTRE = (-28.0, -14.0, 26.0)
-ROOT = Path(__file__).resolve().parents[2]
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
 
@@ -217,15 +214,7 @@ def worker(h: float, with_gradient: bool) -> None:
 def launched(h: float, count: int, with_gradient: bool = False) -> dict[str, float]:
     """What `worker` prints on `count` ranks."""
     code = f"from scripts.benchmarks.brain import worker; worker({h}, {with_gradient})"
-    command = [sys.executable, "-c", code]
-    if count > 1:
-        command = ["mpirun", "-n", str(count), *command]
-    settings = {"OMP_NUM_THREADS": "1", "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-    environment = {**os.environ, **settings, "PYTHONPATH": str(ROOT)}
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1200)
-    lines = [line for line in result.stdout.splitlines() if line.startswith("{")]
-    if result.returncode or not lines:
-        raise RuntimeError(f"{' '.join(command)} failed:\n{result.stdout}\n{result.stderr}")
+    lines = [line for line in called(code, count).splitlines() if line.startswith("{")]
     found: dict[str, float] = json.loads(lines[-1])
     return found
 

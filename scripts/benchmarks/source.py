@@ -16,9 +16,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
-import sys
 import tempfile
 import time
 from dataclasses import dataclass
@@ -33,6 +30,7 @@ from torch import Tensor
 from inverse.optimizers import conjugate_gradients, landweber
 from inverse.stopping import Discrepancy, MaxIterations, State
 from scripts.benchmarks import Check
+from scripts.benchmarks._ranks import called
 from tumour.anatomy import Anatomy, mni152
 from tumour.imaging import Modality, add_noise, noise_sd
 from tumour.model import Seed, TumourModel, domain_of
@@ -46,7 +44,6 @@ SEEDS = range(1, 11)
 LONGEST, BUDGET = 40, 8.0
 RULES = ("power", "line_search")
 """Landweber's: a constant step from the norm of J, and Armijo's from twice the last one."""
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True)
@@ -231,15 +228,5 @@ def ranks() -> float:
 def launched(count: int, path: Path) -> Any:
     """What `worker` leaves, run on `count` ranks."""
     code = f"from scripts.benchmarks.source import worker; worker({str(path)!r})"
-    command = [
-        *(["mpirun", "--oversubscribe", "-n", str(count)] if count > 1 else []),
-        sys.executable,
-        "-c",
-        code,
-    ]
-    settings = {"OMP_NUM_THREADS": "1", "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-    environment = {**os.environ, **settings, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
-    if done.returncode or not path.is_file():
-        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout}\n{done.stderr}")
+    called(code, count)
     return np.load(path)
