@@ -14,6 +14,9 @@ import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
+from rich.console import Console
+from rich.table import Table
+
 from scripts.benchmarks import Check
 from scripts.benchmarks.equation_rows import WITHIN, Row
 
@@ -33,12 +36,29 @@ def run(full: bool) -> list[Check]:
             found[name], seconds = done.result()
             print(f"{name}: {len(found[name])} rows in {seconds:.0f} s", file=sys.stderr)
     rows = [row for name in names for row in found[name]]
+    show(rows)
     misses = [row.case for row in rows if row.parameters and not row.worst <= WITHIN]
     checks = [check for row in rows for check in row.checks()]
     checks.append(Check("rows", len(rows)))
     what = "rows that miss 5 % in a parameter"
     checks.append(Check.at_most(what + (f" ({', '.join(misses)})" if misses else ""), len(misses), MAY_MISS))
     return checks
+
+
+def show(rows: list[Row]) -> None:
+    """One line for each case; the notes below."""
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    table = Table(title="equations", title_justify="left")
+    for column in ("case", "reference", "error", "order", "truth: estimates at 1 % noise", "worst"):
+        table.add_column(column, justify="right" if column in ("error", "order", "worst") else "left")
+    for row in rows:
+        order = "" if row.order is None else f"{row.order:.2f} ({row.expected:g})"
+        worst = f"{100 * row.worst:.1f} %" if row.parameters else ""
+        table.add_row(row.case, row.reference, f"{row.error:.1e}", order, row.estimates, worst)
+    console.print(table)
+    for row in rows:
+        if row.note:
+            console.print(f"{row.case}: {row.note}", highlight=False)
 
 
 def _rows(name: str, full: bool) -> tuple[list[Row], float]:

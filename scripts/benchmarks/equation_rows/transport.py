@@ -93,7 +93,8 @@ def carried(
     coarse = transports[-2]
     clean = torch.stack([exact(coarse.points, t) for t in times])
     found = fits(lambda m: torch.stack(march(coarse, exact, times, steps[-2], m)), clean, truth, start)
-    note = f"data: the closed form at the dofs of the second finest mesh and {len(times)} times"
+    snapshots = f"{len(times)} time{'s' * (len(times) > 1)}"
+    note = f"data: the closed form at the dofs of the second finest mesh and {snapshots}"
     return Row(case, "closed form, L2", errors[-1], 0.01, order, 2.0, found, note)
 
 
