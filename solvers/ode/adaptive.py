@@ -63,7 +63,8 @@ def adaptive_grid(
     scheme = tableau(scheme)
     if scheme.b_embedded is None or scheme.partitioned:
         raise GliodeError(
-            f"{scheme.name}: no b_embedded, so no error estimate; take 'dormand_prince' or 'heun'"
+            f"{scheme.name}: no b_embedded, so no error estimate; take 'dormand_prince' or 'heun', for stiff "
+            "equations 'radau5'"
         )
     if not (math.isfinite(rtol) and rtol >= 0 and math.isfinite(atol) and atol > 0):
         raise GliodeError(f"rtol = {rtol}, atol = {atol}: give finite numbers, rtol >= 0 and atol > 0")
@@ -107,7 +108,7 @@ def adaptive_grid(
                 )
     raise GliodeError(
         f"{scheme.name}: {max_steps} steps took it to t = {t:g} only; raise max_steps or the tolerances, or "
-        "use an implicit or stabilised scheme if the problem is stiff"
+        "take 'radau5', or another implicit or stabilised scheme, if the problem is stiff"
     )
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from solvers.errors import GliodeError
 from solvers.ode.tableau import Tableau
 
-_ROOT3 = math.sqrt(3)
+_ROOT3, _ROOT6 = math.sqrt(3), math.sqrt(6)
 
 EULER = Tableau("euler", [[0]], [1])
 HEUN = Tableau("heun", [[0, 0], [1, 0]], [1 / 2, 1 / 2], b_embedded=[1, 0])  # improved Euler
@@ -36,6 +36,17 @@ DORMAND_PRINCE = Tableau(  # Dormand and Prince 1980
 )
 MIDPOINT = Tableau("midpoint", [[1 / 2]], [1])  # implicit midpoint, Gauss with one stage
 GAUSS2 = Tableau("gauss2", [[1 / 4, 1 / 4 - _ROOT3 / 6], [1 / 4 + _ROOT3 / 6, 1 / 4]], [1 / 2, 1 / 2])
+RADAU5 = Tableau(  # Radau IIA, order 5, L-stable: for stiff equations (Hairer and Wanner 1996, IV.5)
+    "radau5",
+    [
+        [(88 - 7 * _ROOT6) / 360, (296 - 169 * _ROOT6) / 1800, (-2 + 3 * _ROOT6) / 225],
+        [(296 + 169 * _ROOT6) / 1800, (88 + 7 * _ROOT6) / 360, (-2 - 3 * _ROOT6) / 225],
+        [(16 - _ROOT6) / 36, (16 + _ROOT6) / 36, 1 / 9],
+    ],
+    [(16 - _ROOT6) / 36, (16 + _ROOT6) / 36, 1 / 9],
+    # The quadrature of order 2 at the first two nodes: a careful estimate, bounded for the stiffest equation.
+    b_embedded=[1 / 2 - 1 / (2 * _ROOT6), 1 / 2 + 1 / (2 * _ROOT6), 0],
+)
 # The Lobatto pair: IIIB is the symplectic partner of IIIA.
 LOBATTO_IIIA = Tableau(
     "lobatto_iiia",
@@ -108,6 +119,7 @@ TABLEAUX: dict[str, Tableau] = {
         DORMAND_PRINCE,
         MIDPOINT,
         GAUSS2,
+        RADAU5,
         LOBATTO_IIIA,
         LOBATTO_IIIB,
         LOBATTO,

@@ -31,7 +31,7 @@ def inputs(states: int = 1) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def test_all_but_the_explicit_ones_are_here() -> None:
-    assert IMPLICIT == ["midpoint", "gauss2", "lobatto_iiia", "lobatto_iiib", "lobatto"]
+    assert IMPLICIT == ["midpoint", "gauss2", "radau5", "lobatto_iiia", "lobatto_iiib", "lobatto"]
 
 
 @pytest.mark.parametrize("name", IMPLICIT)
@@ -133,7 +133,7 @@ def laplacian(n: int, dtype: torch.dtype) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("name", ["midpoint", "gauss2"])
+@pytest.mark.parametrize("name", ["midpoint", "gauss2", "radau5"])
 def test_a_stiff_linear_problem_against_the_stability_function(name: str, dtype: torch.dtype) -> None:
     """Heat equation, h |lambda| up to 700: x(T) = R(h L)^N x0 and the gradient R(h L)^N of sum x(T)."""
     n, steps, scheme = 20, 5, tableau(name)

@@ -25,6 +25,7 @@ ORDERS = {
     "dormand_prince": 5,
     "midpoint": 2,
     "gauss2": 4,
+    "radau5": 5,
     "lobatto_iiia": 4,
     "lobatto_iiib": 4,
     "lobatto": 4,
@@ -66,8 +67,8 @@ def test_the_conditions_are_those_of_the_textbook() -> None:
         np.testing.assert_allclose(residual, np.abs(written_out[order]).max(), atol=1e-13)
 
 
-def test_the_embedded_weights_are_one_order_lower() -> None:
-    for name, order in (("dormand_prince", 4), ("heun", 1)):
+def test_the_embedded_weights_are_of_a_lower_order() -> None:
+    for name, order in (("dormand_prince", 4), ("heun", 1), ("radau5", 2)):
         scheme = TABLEAUX[name]
         assert scheme.b_embedded is not None
         assert Tableau("embedded", scheme.A, scheme.b_embedded, scheme.c).order == order
@@ -185,6 +186,7 @@ RADII = {
     "kutta3": 0.5,
     "midpoint": math.inf,
     "gauss2": math.inf,
+    "radau5": math.inf,
 }
 
 
