@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 
 from inverse.roots import increasing_root
 from inverse.uncertainty import ModelError
-from solvers.errors import GliodeError
+from solvers.errors import Diverged, GliodeError
 from solvers.spaces import Communicator, Space, reduce
 
 Bound = float | Tensor | None
@@ -56,11 +56,14 @@ class InverseProblem:
         return Evaluation(self, m)
 
     def value(self, m: Tensor) -> float:
-        """J(m)."""
+        """J(m); infinite where a solver has no answer."""
         self.counts["forward"] += 1
-        with torch.no_grad():
-            value = self.misfit(m.detach())
-            return float(value if self.regularizer is None else value + self.regularizer(m.detach()))
+        try:
+            with torch.no_grad():
+                value = self.misfit(m.detach())
+                return float(value if self.regularizer is None else value + self.regularizer(m.detach()))
+        except Diverged:
+            return math.inf
 
     def value_and_gradient(self, m: Tensor) -> tuple[float, Tensor]:
         """J(m) and the dual J'(m)."""
@@ -114,30 +117,44 @@ class InverseProblem:
 
 
 class Evaluation:
-    """J at one point; derivatives on request, from one graph that lives as long as this object."""
+    """J at one point; derivatives on request, from one graph that lives as long as this object.
+
+    Where a solver has no answer (`solvers.errors.Diverged`) the value is infinite, which every search
+    rejects, and asking for a derivative raises the solver's error.
+    """
 
     def __init__(self, problem: InverseProblem, m: Tensor) -> None:
         self.problem = problem
         self.leaf = m.detach().clone().requires_grad_()
         self.m = self.leaf.detach()
         problem.counts["forward"] += 1
+        self._gradient: Tensor | None = None
+        self._differentiable: Tensor | None = None
+        self._error: Diverged | None = None
+        try:
+            self._build()
+        except Diverged as error:
+            self.misfit = self.value = math.inf
+            self._error = error
+
+    def _build(self) -> None:
         with torch.enable_grad():
             misfit = self._misfit()
             if misfit.numel() != 1:
                 raise GliodeError(f"misfit: returned shape {tuple(misfit.shape)}; it must return one number")
             self._root = misfit.reshape(())
-            if problem.regularizer is not None:
-                self._root = self._root + problem.regularizer(self.leaf)
+            if self.problem.regularizer is not None:
+                self._root = self._root + self.problem.regularizer(self.leaf)
         self.misfit = float(misfit.detach())
         self.value = float(self._root.detach())
-        self._gradient: Tensor | None = None
-        self._differentiable: Tensor | None = None
 
     def _misfit(self) -> Tensor:
         return self.problem.misfit(self.leaf)
 
     def gradient(self) -> Tensor:
         """The dual J'(m)."""
+        if self._error is not None:
+            raise self._error
         if self._gradient is None:
             self.problem.counts["adjoint"] += 1
             self._gradient = _vector_jacobian(self._root, self.leaf, torch.ones_like(self._root))
@@ -145,6 +162,8 @@ class Evaluation:
 
     def hessian_action(self, d: Tensor) -> Tensor:
         """The dual J''(m) d by reverse over reverse; the gradient's graph serves all directions."""
+        if self._error is not None:
+            raise self._error
         counts = self.problem.counts
         if self._differentiable is None:
             counts["adjoint"] += 1
