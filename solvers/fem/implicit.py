@@ -31,7 +31,7 @@ from torch import Tensor
 from ufl.algorithms import estimate_total_polynomial_degree, expand_derivatives
 from ufl.algorithms.apply_geometry_lowering import apply_geometry_lowering
 
-from solvers.errors import GliodeError
+from solvers.errors import Diverged, GliodeError
 
 Operator = Callable[[Any, Any], ufl.Form]
 """A spatial or mass operator: (u, v) -> Form."""
@@ -39,7 +39,7 @@ Operator = Callable[[Any, Any], ufl.Form]
 _prefixes = itertools.count()
 
 
-class NotConverged(GliodeError):
+class NotConverged(Diverged):
     """Newton's method found no solution of a step."""
 
 

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from solvers.errors import GliodeError
+from solvers.errors import Diverged, GliodeError
 from solvers.evolution import is_dual
 from solvers.ode.fields import Saved
 from solvers.ode.plan import Into, Plan, Tables, Workspace, combine, combined, scaled
@@ -291,7 +291,7 @@ def _solved(linearised: Callable[[Tensor], tuple[Tensor, Product]], u: Tensor, s
         if by <= 0.1 * eps / REDUCTION * norm or stalls:
             return u
         before = by
-    raise GliodeError(
+    raise Diverged(
         "implicit scheme: Newton's method finds no solution of the stage equations; take more, shorter steps"
     )
 
