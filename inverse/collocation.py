@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from inverse.losses import Loss
 from inverse.methods import Adam, Method, QuasiNewton
 from inverse.optimizers.iteration import NonFiniteError
-from inverse.training import Entry, Training, train
+from inverse.training import Training, train
 from solvers.errors import GliodeError
 
 
@@ -53,7 +53,7 @@ class Term:
 class Fit:
     """What `fit` returns: the trainings of its two phases, and the process's seconds in all.
 
-    stopped_by: "seconds", or why L-BFGS ended (see `inverse.training.Training`).
+    stopped_by: why L-BFGS ended, "max_seconds" among others (see `inverse.training.Training`).
     """
 
     adam: Training
@@ -108,18 +108,6 @@ class _Mean(Loss):
         return scores.mean()
 
 
-class _Clock:
-    """Ends a training, as an interruption does, when its time is up."""
-
-    def __init__(self, until: float) -> None:
-        self.until, self.over = until, False
-
-    def __call__(self, entry: Entry, model: nn.Module) -> None:
-        if time.process_time() >= self.until:
-            self.over = True
-            raise KeyboardInterrupt
-
-
 def fit(
     model: nn.Module,
     terms: Sequence[Term],
@@ -160,24 +148,23 @@ def fit(
     numbers = torch.arange(rows.total, dtype=own.dtype, device=own.device)[:, None]
     labels = torch.zeros(rows.total, dtype=torch.long, device=own.device)
 
-    def phase(method: Method, epochs: int, batch: int | None, part: float) -> tuple[Training, _Clock]:
-        clock = _Clock(math.inf if seconds is None else begin + part * seconds)
-        options: dict[str, Any] = {"seed": seed, "progress": progress, "callback": clock}
+    def phase(method: Method, epochs: int, batch: int | None, part: float) -> Training:
+        left = None if seconds is None else max(begin + part * seconds - time.process_time(), 1e-9)
+        options: dict[str, Any] = {"seed": seed, "progress": progress, "max_seconds": left}
         found = train(rows, _Mean(), (numbers, labels), method, epochs=epochs, batch=batch, **options)
         if found.stopped_by == "NonFinite":
             raise NonFiniteError(f"fit: {found.note}")
-        if found.stopped_by == "interrupted" and not clock.over:
+        if found.stopped_by == "interrupted":
             raise KeyboardInterrupt
-        return found, clock
+        return found
 
-    first, _ = phase(adam or Adam(2e-3), epochs, batch, share)
+    first = phase(adam or Adam(2e-3), epochs, batch, share)
     chunk = min(10, polish)
-    last, clock = phase(QuasiNewton(memory, chunk), math.ceil(polish / chunk), None, 1.0)
+    last = phase(QuasiNewton(memory, chunk), math.ceil(polish / chunk), None, 1.0)
     start, end = first.history[0]["objective"], last.history[-1]["objective"]
     if end > start and batch is None:
         model.load_state_dict(at_start)
         raise GliodeError(
             f"fit: J rose from {start:.3g} to {end:.3g}; lower Adam's learning rate, or weigh the terms anew"
         )
-    stopped = "seconds" if clock.over else last.stopped_by
-    return Fit(first, last, time.process_time() - begin, stopped)
+    return Fit(first, last, time.process_time() - begin, last.stopped_by)

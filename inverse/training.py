@@ -38,9 +38,9 @@ class Training:
     history: an entry an epoch: `epoch`, `objective` (the mean over its batches of J before each was visited),
     validation_loss and validation_accuracy where there are such data, and what was spent so far: `forward`,
     `adjoint` (gradients) and `tangent` solves, `seconds` of the process in training alone. stopped_by:
-    "epochs", "max_gradients", "patience", "NonFinite", "interrupted", or on the full batch the optimizer's
-    own reason ("GradientTolerance", "LineSearch", "StationaryPoint"); note: a sentence about it. kept_epoch:
-    whose weights are kept, the last's or the best's.
+    "epochs", "max_gradients", "max_seconds", "patience", "NonFinite", "interrupted", or on the full batch the
+    optimizer's own reason ("GradientTolerance", "LineSearch", "StationaryPoint"); note: a sentence about it.
+    kept_epoch: whose weights are kept, the last's or the best's.
     """
 
     history: list[Entry]
@@ -64,6 +64,7 @@ def train(
     validation: Data | None = None,
     patience: int | None = None,
     max_gradients: int | None = None,
+    max_seconds: float | None = None,
     seed: int = 0,
     callback: Callback | None = None,
     folder: str | Path | None = None,
@@ -78,7 +79,8 @@ def train(
     used and no batch is small); None: all, and the method's memory goes on from epoch to epoch. length: the
     length scale of H1 in depth; decay: weight of the parameters' norm in that space. patience: end after so
     many epochs without a lower validation loss, and keep the weights of the lowest. max_gradients: end when
-    they are spent. callback: called after each epoch with its entry of the history and the model.
+    they are spent; max_seconds: end after the epoch in which the process has spent them. callback: called
+    after each epoch with its entry of the history and the model.
 
     folder: gets a checkpoint every `checkpoint_every` epochs and at the end, curves for TensorBoard, and
     weights.safetensors. resume: go on from the checkpoint there, if there is one, to the numbers of a run
@@ -95,6 +97,8 @@ def train(
             raise GliodeError(f"train: {name} must be 1 or more, got {value}")
     if max_gradients is not None and max_gradients < 2:
         raise GliodeError(f"train: max_gradients must be 2 or more, got {max_gradients}")
+    if max_seconds is not None and not max_seconds > 0:
+        raise GliodeError(f"train: max_seconds must be positive, got {max_seconds}")
     if patience is not None and validation is None:
         raise GliodeError("train: patience needs validation data to watch")
     if resume and folder is None:
@@ -102,7 +106,7 @@ def train(
     problems = BatchProblems(model, loss, data, batch, length, decay, seed)
     if validation is not None:
         require_fit(model, loss, validation, "validation")
-    run = _Run(problems, method, validation, epochs, patience, max_gradients)
+    run = _Run(problems, method, validation, epochs, patience, max_gradients, max_seconds)
     if folder is not None:
         run.settings = {
             "key": key,
@@ -146,11 +150,13 @@ class _Run:
         epochs: int,
         patience: int | None,
         max_gradients: int | None,
+        max_seconds: float | None,
     ) -> None:
         self.problems, self.method, self.validation = problems, method, validation
         self.model, self.parameters = problems.model, problems.parameters
         self.epochs, self.patience = epochs, patience
         self.max_gradients = math.inf if max_gradients is None else max_gradients
+        self.max_seconds = math.inf if max_seconds is None else max_seconds
         self.visits = int(min(epochs * problems.count, self.max_gradients))
         self.settings: dict[str, Any] = {}
         self.history: list[Entry] = []
@@ -241,12 +247,14 @@ class _Run:
             self._watch()
 
     def _watch(self) -> None:
-        """End where the patience or the epochs have run out."""
+        """End where the patience, the epochs or the time have run out."""
         done = len(self.history)
         if self.patience is not None and done - self.best.epoch >= self.patience:
             self._stop("patience", f"the validation loss was lowest after epoch {self.best.epoch}")
         elif done >= self.epochs:
             self._stop("epochs", f"all {done} epochs are done")
+        elif self.seconds >= self.max_seconds:
+            self._stop("max_seconds", f"{self.seconds:.3g} s of the process are spent")
 
     def _stop(self, reason: str, note: str) -> None:
         self.stopped_by, self.note = reason, note

@@ -348,6 +348,8 @@ class Product(Space):
         return torch.cat(known) if len(known) == len(scales) else None
 
     def pairing(self, dual: Tensor, primal: Tensor) -> Tensor:
+        if self.comm is None:
+            return (dual * primal).sum()
         duals, primals = self.unpack(dual), self.unpack(primal)
         terms = [s.pairing(duals[name], primals[name]) for name, s in self.spaces.items()]
         return torch.stack(terms).sum()

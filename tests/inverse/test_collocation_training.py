@@ -106,17 +106,16 @@ def test_the_flow_of_an_oscillator() -> None:
 
 
 def test_the_time_ends_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A clock that ticks at each look: 30 % of the looks are Adam's."""
+    """A clock that ticks at each look, two of them in an epoch: Adam has 30 % of it, L-BFGS what is left."""
     import time
 
     ticks = iter(range(10**6))
     monkeypatch.setattr(time, "process_time", lambda: float(next(ticks)))
     model = Decay()
     found: Fit = fit(model, terms(), epochs=10**6, polish=10**6, seconds=60, share=0.3)
-    assert found.stopped_by == "seconds"
-    assert 0 < len(found.adam.history) < 18
-    assert found.adam.history[-1]["seconds"] < 18 <= found.seconds
-    assert found.seconds == pytest.approx(60, abs=10)
+    assert found.stopped_by == found.adam.stopped_by == "max_seconds"
+    assert found.adam.history[-1]["seconds"] == len(found.adam.history) == pytest.approx(18, abs=1)
+    assert found.polish.history[-1]["seconds"] == pytest.approx(60 - 2 * 18, abs=2)
 
 
 def test_a_diverging_run_is_named_and_leaves_good_parameters() -> None:
