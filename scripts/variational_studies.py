@@ -22,7 +22,7 @@ from inverse.optimizers import conjugate_gradients, gauss_newton, newton_cg
 from inverse.optimizers.iteration import Result
 from inverse.problem import InverseProblem, LeastSquares
 from inverse.regularizers.tikhonov import Tikhonov
-from inverse.stopping import Discrepancy, GradientTolerance, MaxIterations, Rule
+from inverse.stopping import Discrepancy, GradientTolerance, MaxIterations, Rule, State
 from solvers.node.models import Node
 from solvers.node.science.activated import ScienceActivated, Unknown
 from solvers.node.science.variational import Path
@@ -40,16 +40,37 @@ NOISE = 0.01  # standard deviation over the data's largest value
 
 @dataclass(frozen=True)
 class Found:
-    """An unknown function (n,) at `grid`, its truth, and how it was found; error: relative, in L2."""
+    """An unknown function (n,) at `grid`, its truth, and how it was found.
+
+    errors: of the iterates, relative, in L2; error: of the last; oracle: of the best, which only the truth
+    tells.
+    """
 
     grid: Tensor
     truth: Tensor
     found: Tensor
     result: Result
+    errors: tuple[float, ...]
 
     @property
     def error(self) -> float:
-        return float((self.found - self.truth).norm() / self.truth.norm())
+        return self.errors[-1]
+
+    @property
+    def oracle(self) -> float:
+        return min(self.errors)
+
+
+def minimised(problem: LeastSquares, start: Tensor, stopped: bool, grid: Tensor, truth: Tensor) -> Found:
+    """By conjugate gradients; stopped: by the discrepancy principle, or where nothing moves any more."""
+    errors: list[float] = []
+
+    def note(state: State) -> None:
+        errors.append(float((state.m - truth).norm() / truth.norm()))
+
+    stop = rules(stopped, problem.data_size)
+    result = conjugate_gradients.minimise(problem, start, stopping=stop, callback=note)
+    return Found(grid, truth, result.m, result, tuple(errors))
 
 
 def noisy(clean: Tensor, seed: int) -> tuple[Tensor, float]:
@@ -83,9 +104,7 @@ def force(seed: int, length: float, stopped: bool, steps: int = 50) -> Found:
     clean = times / a - (a * times).sin() / a**2 + (1 - (b * times).cos()) / b**2
     data, sd = noisy(clean[1:], seed)
     problem = LeastSquares(parameters.space, seen, data, sd)
-    stop = rules(stopped, problem.data_size)
-    result = conjugate_gradients.minimise(problem, parameters.pack(), stopping=stop)
-    return Found(times, (a * times).sin() + (b * times).cos(), result.m, result)
+    return minimised(problem, parameters.pack(), stopped, times, (a * times).sin() + (b * times).cos())
 
 
 def law(seed: int, length: float, stopped: bool, shots: int = 40, steps: int = 40) -> Found:
@@ -122,9 +141,7 @@ def law(seed: int, length: float, stopped: bool, shots: int = 40, steps: int = 4
     fine = torch.linspace(0, 2, 4 * steps + 1, dtype=F64)
     data, sd = noisy(integrate(lambda t, y: moving(truth, y), start, fine), seed)
     problem = LeastSquares(parameters.space, ends, data, sd)
-    stop = rules(stopped, problem.data_size)
-    result = conjugate_gradients.minimise(problem, parameters.pack(), stopping=stop)
-    return Found(grid, truth(grid), result.m, result)
+    return minimised(problem, parameters.pack(), stopped, grid, truth(grid))
 
 
 # ---- a potential between walls ----------------------------------------------------------------------------

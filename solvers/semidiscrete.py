@@ -91,6 +91,12 @@ class SemiDiscrete:
 
     def __post_init__(self) -> None:
         n = self.n
+        for key in ("operators", "loads", "fractions", "units", "provenance"):
+            for name, value in getattr(self, key).items():
+                if not isinstance(name, str):
+                    raise GliodeError(f"{key}: the name {name!r} is no text; give {str(name)!r}")
+                if key in ("units", "provenance") and not isinstance(value, str):
+                    raise GliodeError(f"{key}.{name}: {value!r} is no text; give {str(value)!r}")
         if isinstance(self.mass, Sparse):
             _square("mass", self.mass, n)
         else:
@@ -220,7 +226,7 @@ class _Reader:
         try:
             record = json.loads(text)
             version = record["version"]
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise GliodeError(f"its record is damaged ({error!r})") from error
         if version != VERSION:
             raise GliodeError(f"written in version {version} of the format, this Gliode reads {VERSION}")

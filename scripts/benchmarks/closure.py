@@ -11,12 +11,15 @@ Gompertz's; all settings are the same for both.
     PINN      a network u(t, x) with u(0, x) built in, D, rho and the same `Decreasing` network unknown, the
               equation a penalty up to day 150
 
-The first three share integrator, optimizer (L-BFGS) and prior; the PINN has Adam before L-BFGS. The settings
+The first three share integrator, optimizer (L-BFGS) and a prior about the start; the PINN has Adam before
+L-BFGS and no prior: with that of ours on D, rho and the network its error on later days grew from 1.9 to
+2.3 % on seed 101, where that of ours without a prior grows from 0.5 to 0.7 %. The settings
 were chosen on the seeds 101 to 103: of ours the law's network and the prior; of local width, layers, reach,
 symmetry, prior and scale; of dense width, knots and prior; of the PINN width, layers, points, weights,
 scaling, built-in start, learning rate and share of Adam. The error on later days decided, which a user could
-not know. The PINN's were chosen once more after a first run on the tested seeds had shown it weaker than need
-be (5.6 %).
+not know. After a first look at the tested seeds had shown the PINN weaker than need be (5.6 %), its settings
+were chosen once more on the seeds 101 to 103, and in the same round the prior's weight of ours went from 0.3
+to 1. The ratios depend on SECONDS: `--full` shows the PINN with ten times as many.
 """
 
 from __future__ import annotations
@@ -124,6 +127,10 @@ class Outcome:
     rate: Rate | None = None
     D: float = math.nan
 
+    def misfit(self, data: Data) -> float:
+        """chi^2 / N of the data, in which the noise has 1."""
+        return float(((self.states[:SHOTS] - data.y) / data.sd).square().mean())
+
     def later(self, data: Data) -> float:
         """Relative L2 error over days 110 to 150, %."""
         truth = data.states[SHOTS:]
@@ -194,13 +201,6 @@ def trained(field: VectorField, data: Data, seconds: float, weight: float, gradi
     with torch.no_grad():
         states = Snapshots(field, SHOTS + LATER, gradient)()
     return Outcome(states, found.iterations, spent)
-
-
-def physics(law: nn.Module) -> ScienceActivated:
-    """Diffusion and a law that is a network."""
-    spread = laplacian()
-    unknowns = {name: Unknown(value, positive=True) for name, value in STARTS.items()}
-    return ScienceActivated(lambda t, x, D, rho, g: D * (x @ spread) + rho * g(x), {**unknowns, "g": law})
 
 
 def ours(data: Data, seed: int, seconds: float = SECONDS) -> Outcome:
@@ -352,11 +352,14 @@ def compared(name: str, bars: bool) -> list[Check]:
         steps = f"{mean(o.iterations for o in found[method]):.0f} iterations"
         row = f"{count}: days 110 to 150, {method} ({spent}, {steps})"
         checks.append(Check(row, summary(later[method]), "%"))
+        misfits = [o.misfit(d) for o, d in zip(found[method], sets, strict=True)]
+        checks.append(Check(f"{count}: chi^2 / N of the data, {method}", summary(misfits)))
     for rival in RIVALS:
         ratio = mean(later[rival]) / mean(later["ours"])
         least = min(a / b for a, b in zip(later[rival], later["ours"], strict=True))
-        row = f"{count}: error of {rival} over ours, means (least of a seed: {least:.1f})"
+        row = f"{count}: error of {rival} over ours, means"
         checks.append(Check.at_least(row, ratio, BARS["ratio"]) if bars else Check(row, ratio))
+        checks.append(Check(f"{count}: error of {rival} over ours, least of a seed", least))
     return checks
 
 

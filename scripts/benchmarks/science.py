@@ -43,7 +43,7 @@ FAITHFUL = 1.25  # observed and predicted spreads agree to this factor
 
 
 def run(full: bool) -> list[Check]:
-    """All checks; `full`: more draws and noise levels, rivals train five times as long."""
+    """All checks; `full`: more draws at the same noise levels, rivals train five times as long."""
     return [
         *step_checks(),
         *mesh_checks(),
@@ -209,7 +209,10 @@ RATES = {"beta": 0.4, "gamma": 0.1}
 
 
 def spread(noise: float, seeds: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """SIR: errors of the logarithms of the rates (seeds, 2), and their predicted standard deviations."""
+    """SIR: errors of the logarithms of the rates (seeds, 2), and their predicted standard deviations.
+
+    The data come from the same steps and the searches start at the truth: this is about the variance alone.
+    """
     case = uniform(SYSTEMS["sir"], 80, 2, (1,))
     clean = case.solved()[:, [1]]
     sd = torch.full_like(clean, noise * float(clean.max()))

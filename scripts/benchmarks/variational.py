@@ -2,14 +2,15 @@ r"""Variational problems and control: the network x' = w(t) with an energy for i
 
 Bars: curves and costs within 1e-4 at 33 knots (curve: largest distance at the knots over its size), the
 catenoid within 1e-3, the obstacle's contact within two cells; iterations in the weights' space within 1.5
-times from 9 to 129 knots; what is ill-posed found from noisy data with the discrepancy principle, at least 5
-times nearer than without; two-point problems and control against closed forms and dense linear algebra.
+times from 9 to 129 knots; what is ill-posed found from noisy data with the discrepancy principle, with at
+most twice the error of the best iterate, which only the truth tells; two-point problems and control against
+closed forms and dense linear algebra.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from inverse.problem import InverseProblem, LeastSquares
 from inverse.stopping import GradientTolerance, MaxIterations
 from scripts.benchmarks import Check
 from scripts.benchmarks.equation_rows.variational import CURVES, obstacle, surface
-from scripts.variational_studies import Bar, as_weight, force, law
+from scripts.variational_studies import Bar, Found, as_weight, force, law
 from solvers.fem.equations.variational import sector
 from solvers.node.science.variational import Elements, Path, area, membrane
 from solvers.ode.integrate import integrate
@@ -30,6 +31,7 @@ from solvers.spaces import Euclidean
 
 F64 = torch.float64
 KNOTS = (9, 17, 33, 65, 129)
+NOISES = (1, 2, 3)  # seeds
 TO_ROUNDING = (GradientTolerance(1e-12), MaxIterations(50))
 
 
@@ -165,24 +167,34 @@ def surfaces(cells: int) -> list[Check]:
 
 
 def ill_posed() -> list[Check]:
-    """Stopped by the discrepancy principle in the space that suits (three seeds), or iterated on (one).
+    """Stopped by the discrepancy principle in the space that suits, beside the best iterate there (an oracle)
+    and 60 iterations, seed by seed.
 
     The law in L2 does not reach that level of the residual in 200 iterations: it is shown iterated on only.
     """
     cases = (("force from positions", force, 0.2, 0.0), ("law from end points", law, 0.3, 0.3))
     checks = []
     for name, study, length, suited in cases:
-        found = [study(seed, suited, True) for seed in (1, 2, 3)]
-        worst, counts = max(f.error for f in found), ", ".join(str(f.result.iterations) for f in found)
-        rough, smooth = study(1, 0.0, False).error, study(1, length, False).error
-        space = "H1" if suited else "L2"
+        found = [study(seed, suited, True) for seed in NOISES]
+        spaces = {"L2": 0.0, f"H1, length {length}": length}
+        further = {space: [study(seed, metric, False) for seed in NOISES] for space, metric in spaces.items()}
+        own = next(space for space, metric in spaces.items() if metric == suited)
+        counts = ", ".join(str(f.result.iterations) for f in found)
+        over = [f.error / best.oracle for f, best in zip(found, further[own], strict=True)]
+        gains = [rough.error / f.error for f, rough in zip(found, further["L2"], strict=True)]
+        checks.append(Check(f"{name}: {own}, discrepancy after {counts} iterations", shown(found)))
+        for space, runs in further.items():
+            checks.append(Check(f"{name}: {space}, 60 iterations (the best of them)", shown(runs, best=True)))
         checks += [
-            Check(f"{name}: {space}, discrepancy after {counts} iterations: worst error", worst),
-            Check(f"{name}: L2, 60 iterations", rough),
-            Check(f"{name}: H1, length {length}, 60 iterations", smooth),
-            Check.at_least(f"{name}: L2, 60 iterations, over the first", rough / worst, 5.0),
+            Check.at_most(f"{name}: discrepancy over the best of {own}, worst seed", max(over), 2.0),
+            Check(f"{name}: L2, 60 iterations, over the discrepancy, least of a seed", min(gains)),
         ]
     return checks
+
+
+def shown(found: Sequence[Found], best: bool = False) -> str:
+    """The errors of all seeds."""
+    return ", ".join(f"{f.error:.2g}" + (f" ({f.oracle:.2g})" if best else "") for f in found)
 
 
 # ---- two-point problems -----------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -51,9 +52,11 @@ class DiffusionStep:
         return u1
 
     def _leaves_bounds(self, before: Tensor, after: Tensor) -> bool:
-        low, high = torch.aminmax(before.detach())
-        low1, high1 = torch.aminmax(after.detach())
-        extremes = [-float(low), float(high), -float(low1), float(high1)]
+        extremes = [-math.inf] * 4
+        if len(before):  # a rank may own nothing
+            low, high = torch.aminmax(before.detach())
+            low1, high1 = torch.aminmax(after.detach())
+            extremes = [-float(low), float(high), -float(low1), float(high1)]
         comm = self.operator.domain.comm
         if comm.size > 1:
             extremes = [comm.allreduce(value, op=MPI.MAX) for value in extremes]

@@ -22,7 +22,7 @@ import torch
 from mpi4py import MPI
 from torch import Tensor
 
-from solvers.errors import GliodeError
+from solvers.errors import Diverged, GliodeError
 from solvers.evolution import is_dual
 from solvers.fem.kernels import Stage
 from solvers.fem.mesh import FloatArray
@@ -57,8 +57,7 @@ class LegendreFlow:
         theta = dt * (4.0 / (p.s * p.s + p.s - 2))
         before, y = torch.zeros_like(u), u
         for alpha, beta in zip(p.alpha, p.beta, strict=True):
-            rate = self._inverse_mass[self._owned] * self.operator.stiffness(w, y)
-            before, y = y, float(alpha) * (y - theta * rate) - float(beta) * before
+            before, y = y, float(alpha) * (y - theta * self._rate(w, y)) - float(beta) * before
         return (1.0 - p.b) * u + p.b * y
 
     def polynomial(self, w: Tensor, dt: float) -> Polynomial:
@@ -68,7 +67,7 @@ class LegendreFlow:
             raise GliodeError(f"diffusion: a step of {dt} days runs backwards, which no solver can follow")
         s = stages_for(dt * bound)
         if s > MOST_STAGES:
-            raise GliodeError(
+            raise Diverged(
                 f"diffusion: a step of {dt:g} days needs {s} stages on this mesh (the fastest mode decays at"
                 f" {bound:.3g}/day); remove slivers from the mesh, shorten the step, or choose the scheme"
                 " sdirk2"
@@ -78,10 +77,11 @@ class LegendreFlow:
     def bound(self, w: Tensor) -> float:
         """A bound of L's eigenvalues in 1/day (Gershgorin); the last few are kept."""
         w = w.detach()  # shares memory and version with its source, and holds the memory while it is kept
-        for kept, version, bound in self._bounds:
-            if kept.data_ptr() == w.data_ptr() and kept.shape == w.shape and version == w._version:
-                return bound
         pairs, domain = self.operator.conductances, self.operator.domain
+        for kept, version, bound in self._bounds:
+            same = kept.data_ptr() == w.data_ptr() and kept.shape == w.shape and version == w._version
+            if domain.comm.allreduce(same, op=MPI.LAND):  # where a rank has no pairs, all w look the same
+                return bound
         if domain.comm.allreduce(pairs.vertex_rule and bool((w < 0).any()), op=MPI.LOR):
             raise GliodeError("diffusion: D is negative somewhere")
         both, sums = w + w.abs(), torch.zeros(len(self._product), dtype=torch.float64)
@@ -158,6 +158,10 @@ class LegendreFlow:
         p = self.polynomial(w, dt)
         theta = 4.0 * dt / (p.s * p.s + p.s - 2)
         du, dw, ddt = tangents
+        if dt == 0:
+            u = torch.from_numpy(stages[0, self._owned])
+            still = torch.zeros_like(u) if du is None else du.clone()
+            return still if ddt is None else still - float(ddt) * self._rate(w, u)
         # theta L(w) changes by theta L(dw + w ddt / dt).
         growth = 0.0 if ddt is None else float(ddt) / dt
         change = None if ddt is None else growth * w
@@ -175,6 +179,10 @@ class LegendreFlow:
         self._count(p.s)
         last = torch.from_numpy(z[p.s % 2, self._owned])
         return torch.add((1.0 - p.b) * start, last, alpha=p.b * float(p.scale[-1]))
+
+    def _rate(self, w: Tensor, u: Tensor) -> Tensor:
+        """L(w) u on the tape."""
+        return self._inverse_mass[self._owned] * self.operator.stiffness(w, u)
 
     def _count(self, stages: int) -> None:
         self.operator.count.solves += 1
@@ -202,10 +210,13 @@ class _Flow(torch.autograd.Function):
                 out = ctx.flow.on_tape(*fresh)
                 found = iter(torch.autograd.grad(out, wanted, grads[0], create_graph=True))
             return (*(next(found) if n else None for n in needed), None, None)
-        _, w, dt = inputs
+        u, w, dt = inputs
         grad, grad_w = ctx.flow._adjoint(grads[0], w.detach(), float(dt), ctx.stages)
-        # theta L(w) depends on w dt alone.
-        grad_dt = torch.dot(w, grad_w) / dt if grad_w is not None and needed[2] else None
+        grad_dt = None
+        if needed[2] and float(dt) == 0:
+            grad_dt = -torch.dot(grads[0], ctx.flow._rate(w.detach(), u.detach())).view_as(dt)
+        elif needed[2] and grad_w is not None:  # theta L(w) depends on w dt alone
+            grad_dt = torch.dot(w, grad_w) / dt
         return grad, grad_w, grad_dt, None, None
 
     @staticmethod

@@ -18,10 +18,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from mpi4py import MPI
 from petsc4py import PETSc
 from torch import Tensor
 
-from solvers.errors import GliodeError
+from solvers.errors import Diverged, GliodeError
 from solvers.fem.bricks import brick_pairs
 from solvers.fem.mesh import Domain, _rule, jacobians, tabulate
 from solvers.operators import Conductances
@@ -151,7 +152,7 @@ class DiffusionOperator:
         self.count.iterations += ksp.getIterationNumber()
         reason = ksp.getConvergedReason()
         if reason < 0:
-            raise GliodeError(
+            raise Diverged(
                 f"diffusion solve did not converge (PETSc reason {reason}): "
                 "check that D is positive and finite, or shorten the time step"
             )
@@ -161,7 +162,7 @@ class DiffusionOperator:
         """The solver of M + tau K(w), refilled only for new values."""
         w = w.detach()
         for place, (kept, kept_tau, solver) in enumerate(self._kept):
-            if kept_tau == tau and torch.equal(kept, w):
+            if self._on_all(kept_tau == tau and torch.equal(kept, w)):
                 if place:
                     self._kept.insert(0, self._kept.pop(place))
                 return solver  # type: ignore[no-any-return]
@@ -169,7 +170,7 @@ class DiffusionOperator:
         diagonal = self._mass_local.clone()
         scaled = tau * w
         diagonal.index_add_(0, self._i, scaled).index_add_(0, self._j, scaled)
-        if not bool(torch.isfinite(diagonal).all()):
+        if not self._on_all(bool(torch.isfinite(diagonal).all())):
             raise GliodeError("diffusion: D or the time step is not finite")
         ksp = solver[0]
         matrix = ksp.getOperators()[0]
@@ -182,6 +183,10 @@ class DiffusionOperator:
         # A copy: the caller may change its tensor in place.
         self._kept.insert(0, (w.clone(), tau, solver))
         return solver  # type: ignore[no-any-return]
+
+    def _on_all(self, here: bool) -> bool:
+        """Whether it is so on all ranks: what follows is collective."""
+        return bool(self.domain.comm.allreduce(here, op=MPI.LAND))
 
     @cached_property
     def _rows(self) -> tuple[Any, Any, Any, Tensor]:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from solvers.errors import GliodeError
+from solvers.evolution import is_dual
 
 Order = tuple[int, ...]
 """A derivative: () the value, (i,) by input i, (i, j) by both."""
@@ -146,7 +147,7 @@ class Field(nn.Module):
     coordinates: their letters, such as "tx" or "xy". lift: z -> (n, outputs) with the given values (0 where
     left out); factor: z -> (n, 1) or (n, outputs), 0 where they are given (1). start: subtract N~ at t = 0,
     so that u = lift there; needs the coordinate t. lift and factor act row by row and hold nothing that is
-    trained: their derivatives are taken once for a tensor of points.
+    trained: their derivatives are taken once for a tensor of points (each time where it is on the tape).
     Raises GliodeError for letters that do not fit the box, or that are no coordinates.
 
     For instance u(0, x) = u0(x): Field("tx", low, high, lift=lambda z: u0(z[:, 1:]), start=True); u = 0 on
@@ -210,6 +211,11 @@ class Field(nn.Module):
         """The derivatives of lift and factor, kept for the last few tensors of points."""
         if self.lift is None and self.factor is None:
             return None, None
+        if is_dual(z) or (z.requires_grad and torch.is_grad_enabled()):  # u is differentiated by z
+            return (
+                None if self.lift is None else derivatives(self.lift, z, rows, tape=True),
+                None if self.factor is None else derivatives(self.factor, z, rows, tape=True),
+            )
         for known, version, orders, lift, factor in self._known:
             if _same(known, z) and version == z._version and orders == rows:
                 return lift, factor
@@ -235,11 +241,15 @@ def _product(f: Jets, u: Jets, rows: Sequence[Order]) -> Jets:
     return found
 
 
-def derivatives(f: Map, z: Tensor, orders: Sequence[Order]) -> Jets:
-    """Of any function of the rows of z, (n, d) -> (n, c), off the tape, by reverse mode column by column."""
+def derivatives(f: Map, z: Tensor, orders: Sequence[Order], tape: bool = False) -> Jets:
+    """Of any function of the rows of z, (n, d) -> (n, c), by reverse mode column by column; `tape`: as
+    functions of z, in both modes.
+    """
     rows = _closed(orders)
     with torch.enable_grad():
-        z = z.detach().clone().requires_grad_()
+        z = (z if tape else z.detach()).clone()
+        if len(rows) > 1:  # within torch.func only the value can be had
+            z.requires_grad_()
         value = f(z)
         if value.ndim != 2 or len(value) != len(z):
             raise GliodeError(f"field: a built-in value has shape {tuple(value.shape)}; give ({len(z)}, 1)")
@@ -249,7 +259,7 @@ def derivatives(f: Map, z: Tensor, orders: Sequence[Order]) -> Jets:
             found[i,] = torch.stack([slope[:, i] for slope in firsts], 1)
         for i, j in (o for o in rows if len(o) == 2):
             found[i, j] = torch.stack([_slope(slope[:, i], z)[:, j] for slope in firsts], 1)
-    return {o: part.detach() for o, part in found.items()}
+    return found if tape else {o: part.detach() for o, part in found.items()}
 
 
 def _slope(column: Tensor, z: Tensor) -> Tensor:

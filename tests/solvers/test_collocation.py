@@ -76,6 +76,31 @@ def test_initial_and_boundary_values_are_built_in() -> None:
     assert not torch.allclose(both(z), hat(z), atol=1e-2)
 
 
+@pytest.mark.parametrize("kind", FIELDS)
+def test_points_on_the_tape_give_the_same_derivatives(kind: str) -> None:
+    """Both modes through the value and through jets, also after the same points without the tape."""
+    field, z = FIELDS[kind](), scattered(LOW, HIGH, 6, 1)
+    names = ("t", "x", "tx", "xx")
+    expected = {name: part.detach() for name, part in field.jets(z, names).items()}
+    leaf = z.detach().requires_grad_()  # the memory of z
+    for name, d_t, d_x in (("", "t", "x"), ("x", "tx", "xx")):
+        jets = field.jets(leaf, (name,) if name else ())
+        for k, column in enumerate(jets[name].unbind(1)):
+            (slope,) = torch.autograd.grad(column.sum(), leaf, retain_graph=True)
+            wanted = torch.stack([expected[d_t][:, k], expected[d_x][:, k]], 1)
+            torch.testing.assert_close(slope, wanted, rtol=1e-10, atol=1e-10)
+    along = torch.zeros_like(z)
+    along[:, 1] = 1.0
+    torch.testing.assert_close(jvp(field, (z,), (along,))[1], expected["x"], rtol=1e-10, atol=1e-10)
+    with torch.no_grad(), forward_ad.dual_level():
+        dual = forward_ad.make_dual(z, along.flip(1))
+        found = field.jets(dual, ("x",))
+        for name, wanted in (("", expected["t"]), ("x", expected["tx"])):
+            torch.testing.assert_close(
+                forward_ad.unpack_dual(found[name]).tangent, wanted, rtol=1e-10, atol=1e-10
+            )
+
+
 def test_a_tensor_of_points_that_changes_is_seen() -> None:
     field, z = FIELDS["both"](), scattered(LOW, HIGH, 5, 3)
     before = field(z)

@@ -18,6 +18,7 @@ from torch.autograd import forward_ad
 
 from solvers.errors import GliodeError
 from solvers.fem.diffusion import DiffusionStep, Scheme
+from solvers.fem.export import export
 from solvers.fem.mesh import Domain, from_mesh, interval, voxels
 from solvers.fem.operators import DiffusionOperator
 from solvers.spaces import reduce, replicate
@@ -36,6 +37,11 @@ def bricks(comm: MPI.Comm = SELF) -> Domain:
 def tetrahedra(comm: MPI.Comm = SELF) -> Domain:
     none = dolfinx.mesh.GhostMode.none
     return from_mesh(dolfinx.mesh.create_box(comm, [[0, 0, 0], [5, 4, 4]], [4, 3, 3], ghost_mode=none))
+
+
+def voxel(comm: MPI.Comm = SELF) -> Domain:
+    """A single one: with more ranks there are some that own nothing."""
+    return voxels(np.ones((1, 1, 1), dtype=bool), np.diag([1.0, 2.0, 3.0, 1.0]), comm=comm)
 
 
 def positions(domain: Domain) -> Any:
@@ -332,7 +338,7 @@ def gathered(comm: MPI.Comm, points: Any, values: Tensor) -> Any:
 
 
 @pytest.mark.mpi
-@pytest.mark.parametrize("make_domain", [bricks, tetrahedra])
+@pytest.mark.parametrize("make_domain", [bricks, tetrahedra, voxel])
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_ranks_agree_with_one_process(scheme: Scheme, make_domain: Callable[[MPI.Comm], Domain]) -> None:
     """States, gradients, tangents and second derivatives on all ranks against the same on this rank alone."""
@@ -360,3 +366,45 @@ def test_ranks_agree_with_one_process(scheme: Scheme, make_domain: Callable[[MPI
     for serial, parallel in zip(*results, strict=True):
         np.testing.assert_allclose(parallel, serial, rtol=1e-9, atol=1e-9 * np.abs(serial).max())
     assert domain.integral(out.detach()) == pytest.approx(domain.integral(smooth(domain)), rel=1e-10)
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("make_domain", [bricks, voxel])
+@pytest.mark.parametrize("scheme", ["rkl2", "sdirk2"])
+def test_a_change_on_one_rank_is_one_on_all(
+    scheme: Scheme, make_domain: Callable[[MPI.Comm], Domain]
+) -> None:
+    """D changes in the cells of one rank alone, one operator: no rank keeps its matrix, or its bound."""
+    results = []
+    for comm in (SELF, WORLD):
+        domain = make_domain(comm)
+        operator = DiffusionOperator(domain, rtol=1e-13)
+        step, D, found = DiffusionStep(operator, scheme), diffusivity(domain), []
+        first = torch.from_numpy((domain.cell_numbers == 0).astype(np.float64))
+        for factor in (0.0, 3.0, 0.0):
+            found.append(step(smooth(domain), 0.4, operator.conductances(D + factor * first)))
+        assert not WORLD.allreduce(torch.equal(found[0], found[1]), op=MPI.LAND)
+        results.append([gathered(comm, domain.points, u) for u in found])
+    for serial, parallel in zip(*results, strict=True):
+        np.testing.assert_allclose(parallel, serial, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("tensor", [False, True])
+def test_a_mesh_smaller_than_the_ranks_is_exported(tensor: bool) -> None:
+    ours, theirs = (export(voxel(comm), "one", tensor) for comm in (WORLD, SELF))
+    assert ours.conductances is not None and theirs.conductances is not None
+    assert isinstance(ours.mass, Tensor) and isinstance(theirs.mass, Tensor)
+    torch.testing.assert_close(ours.mass, theirs.mass)
+    torch.testing.assert_close(ours.conductances.table, theirs.conductances.table)
+    assert torch.equal(ours.conductances.first, theirs.conductances.first)
+
+
+@pytest.mark.mpi
+def test_a_number_that_is_none_on_one_rank_stops_all() -> None:
+    operator = DiffusionOperator(bricks(WORLD))
+    D = diffusivity(operator.domain)
+    if WORLD.rank == 0:
+        D[0] = np.nan
+    with pytest.raises(GliodeError, match="not finite"):
+        operator.matrix(operator.conductances(D), 0.5)

@@ -226,10 +226,98 @@ def test_the_compiled_logistic_flow_solves_its_equation() -> None:
     assert torch.autograd.gradgradcheck(lambda u, rho: flow(u, rho)[:, :2], at)
 
 
+@pytest.mark.parametrize("shape", [(1,), (1, 1, 1), (2, 1, 1), (1, 1, -1), (2, 1, -1)])
+def test_the_compiled_logistic_flow_has_rates_of_any_shape_that_broadcasts(shape: tuple[int, ...]) -> None:
+    lanes = width(torch.float64)
+    u, dt = random(2, 5, lanes), torch.tensor(2.0).double()
+    rho = random(*(lanes if k < 0 else k for k in shape), seed=2).requires_grad_()
+    odds = u / (1 - u) * torch.exp(rho * dt)
+    found, expected = logistic(u, dt, rho), odds / (1 + odds)
+    torch.testing.assert_close(found, expected, rtol=1e-13, atol=0)
+    (ours,), (theirs,) = (torch.autograd.grad(x.square().sum(), rho) for x in (found, expected))
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=0)
+
+
+def test_what_the_compiled_logistic_flow_refuses() -> None:
+    lanes = width(torch.float64)
+    u, dt, rho = random(2, 5, lanes), torch.tensor(2.0).double(), random(2, 1, lanes)
+    with pytest.raises(GliodeError, match=r"rho dt: shape \(3, 1, 1\) does not broadcast"):
+        logistic(u, dt, random(3, 1, 1))
+    with pytest.raises(GliodeError, match=r"rho dt: shape \(2, 5, .*does not broadcast"):
+        logistic(u, dt, u)
+    with pytest.raises(GliodeError, match=r"rho dt: torch.float32"):
+        logistic(u, dt.float(), rho.float())
+    with pytest.raises(GliodeError, match=r"state: torch.float64 on cpu of shape"):
+        logistic(u[..., 1:], dt, rho)
+    with pytest.raises(GliodeError, match=r"dtype: torch.float16"):
+        logistic(u.half(), dt.half(), rho.half())
+
+
+def test_lanes_hand_no_memory_to_c_that_does_not_fit() -> None:
+    case = Case("lanes", 2 * width(torch.float64))
+    op, flow = case.batched, case.flow
+    u, theta = op.box(case.u), op.weights(monomials(case.D))[0]
+    for state, weights, message in (
+        (u.float(), theta, "state: torch.float32 on cpu, its weights torch.float64"),
+        (u.float(), theta.float(), "weights: torch.float32"),
+        (u, theta.float(), "weights: torch.float32"),
+        (u[:, :10], theta, r"state: .*shape \(10, "),
+        (u[..., 1:], theta, "state: shape"),
+        (case.u, theta, "state: shape"),
+        (u, theta[:, 1:], r"weights: .*shape \(2, "),
+        (u[:1], theta, "state: shape"),
+        (u, theta[:1], "state: shape"),
+    ):
+        with pytest.raises(GliodeError, match=message):
+            flow(state, 0.5, weights)
+    table = torch.zeros(5, 1, op.width).double()
+    for a, coefficients, message in (
+        (u[0].T.contiguous().T, table, "state: .*contiguous"),
+        (u[0], table[:4], "coefficients: "),
+        (u[0], table.float(), "coefficients: torch.float32"),
+    ):
+        with pytest.raises(GliodeError, match=message):
+            op.advance([theta[0]], a, None, coefficients)
+    # Views that lie apart in memory are put together before.
+    apart, rates = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (u, theta))
+    assert torch.equal(flow(apart, 0.5, rates), flow(u, 0.5, theta))
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "single"])
+def test_the_derivative_by_a_step_of_no_length_is_the_rate(kind: Kind) -> None:
+    """du/ddt = -L u at dt = 0, in both modes, beside tumours whose step is longer."""
+    case = Case("lanes" if kind == "single" else kind, 3)
+    step = case.single if kind == "single" else case
+    w = case.operator.conductances(monomials(case.D) @ case.fields)
+    masses = case.domain.mass
+    rates = torch.stack([case.operator.stiffness(x, u) / masses for x, u in zip(w, case.u, strict=True)])
+    case.dt[0] = case.dt[2] = 0.0
+    leaves = case.leaves()
+    cotangent = random(*case.u.shape, seed=6) - 0.5
+    found = torch.autograd.grad(step(*leaves), leaves, cotangent)
+    assert all(bool(torch.isfinite(x).all()) for x in found)
+    for i in (0, 2):
+        torch.testing.assert_close(found[0][i], cotangent[i], rtol=1e-12, atol=1e-13)
+        torch.testing.assert_close(found[1][i], -(cotangent[i] @ rates[i]), rtol=1e-10, atol=1e-13)
+        assert not found[2][i].any()
+    directions = [random(*x.shape, seed=9) - 0.5 for x in leaves]
+    with torch.no_grad(), forward_ad.dual_level():
+        duals = [forward_ad.make_dual(x.detach(), d) for x, d in zip(leaves, directions, strict=True)]
+        tangent = forward_ad.unpack_dual(step(*duals)).tangent
+        assert tangent is not None
+    for i in (0, 2):
+        exact = directions[0][i] - directions[1][i] * rates[i]
+        torch.testing.assert_close(tangent[i], exact, rtol=1e-10, atol=1e-12)
+    reverse = sum(float((g * d).sum()) for g, d in zip(found, directions, strict=True))
+    assert float((tangent * cotangent).sum()) == pytest.approx(reverse, rel=1e-11)
+
+
 def test_what_lanes_refuse(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     case = Case("lanes", 1)
     with pytest.raises(GliodeError, match="mass: shape"):
         Lanes(case.operator.conductances, case.fields, case.domain.mass[1:])
+    with pytest.raises(GliodeError, match="Lanes run on the CPU"):
+        Lanes(case.operator.conductances, case.fields, case.domain.mass.to("meta"))
     with pytest.raises(GliodeError, match=r"dtype: torch.float16"):
         Lanes(case.operator.conductances, case.fields, case.domain.mass, torch.float16)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

@@ -16,7 +16,7 @@ from inverse.optimizers import quasi_newton
 from inverse.problem import LeastSquares
 from inverse.stopping import GradientTolerance, MaxIterations
 from inverse.verification import check_gradient
-from solvers.errors import GliodeError
+from solvers.errors import Diverged, GliodeError
 from solvers.node.collocation import Perceptron
 from solvers.node.models import Node
 from solvers.node.science.activated import ScienceActivated, Stepped, Unknown
@@ -308,5 +308,18 @@ def test_a_flow_is_an_unknown_of_a_stepped_network() -> None:
 def test_bad_input_is_named() -> None:
     with pytest.raises(GliodeError, match="at is a density"):
         Positive(at=1.0)
-    with pytest.raises(GliodeError, match="nodes"):
-        Decreasing(nodes=1)
+
+
+@pytest.mark.parametrize("kind", LAWS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_network_or_rate_that_is_no_number_has_no_flow(kind: str, value: float) -> None:
+    """A trial point without an answer, not a crash; and a rate that would take a week."""
+    u, law = torch.linspace(0, 1, 5, dtype=F64), LAWS[kind](1)
+    for rho in (value, 1e8):
+        with pytest.raises(Diverged, match="steps in one dt"):
+            GrowthFlow(law)(u, 1.0, number(rho))
+    with torch.no_grad():
+        for p in law.parameters():
+            p.fill_(value)
+    with pytest.raises(Diverged, match="nan steps in one dt"):
+        GrowthFlow(law)(u, 1.0, 0.3)

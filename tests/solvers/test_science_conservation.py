@@ -14,14 +14,14 @@ from torch import Tensor
 from inverse.optimizers import gauss_newton
 from inverse.problem import LeastSquares
 from inverse.verification import check_adjoint
-from solvers.errors import GliodeError
+from solvers.errors import Diverged, GliodeError
 from solvers.evolution import Evolution
 from solvers.node.models import Node
 from solvers.node.science import riemann
 from solvers.node.science.activated import ScienceActivated, Unknown
 from solvers.node.science.conservation import DG, SSPStep
 from solvers.node.science.elements import Elements, interval, rectangle
-from solvers.node.science.laws import COURANT, Burgers, Euler, Law, ShallowWater
+from solvers.node.science.laws import COURANT, Burgers, Euler, Law, ShallowWater, courant, require_courant
 from solvers.node.weights import Parameters
 from solvers.ode.integrate import integrate
 from solvers.spaces import Euclidean
@@ -149,9 +149,9 @@ def test_density_and_pressure_stay_positive_next_to_a_vacuum() -> None:
         )
         assert float((e.means(v)[:, 0] - exact).abs().mean()) < 0.02
     u[25] *= torch.tensor([-1.0, 1.0, 1.0], dtype=F64)
-    with pytest.raises(GliodeError, match="cell mean of -1"):
+    with pytest.raises(Diverged, match="cell mean of -1"):
         field.limit(u)
-    with pytest.raises(GliodeError, match="broken down"):
+    with pytest.raises(Diverged, match="pressure is negative; the run has already broken down"):
         SSPStep(field)(u, 1e-4)
 
 
@@ -270,6 +270,59 @@ def test_a_batch_is_its_members_and_takes_a_number_each() -> None:
     for k in range(2):
         alone = Evolution(SSPStep(field))(batch[k], 0.04, 6, speeds[k])
         torch.testing.assert_close(together[k], alone, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize(("law", "values"), [(Euler(), [1.4, 1.6]), (ShallowWater(), [9.81, 3.0])])
+def test_a_batch_with_a_constant_each_is_limited_as_its_members(law: Law, values: list[float]) -> None:
+    """Wave by wave, two jumps; and a batch of one."""
+    field = DG(law, interval(-0.5, 0.5, 10, 1), tvb=0.0)
+    high, low = [2.0, 0.0, 2.5][: law.components], [1.0, 0.1, 1.5][: law.components]
+    u = field.elements.project(sides(high, low))
+    u[4, 1] *= 1.02  # a slope to limit next to the jump
+    for batch, w in (
+        (torch.stack([u, 0.9 * u]), torch.tensor(values, dtype=F64)),
+        (u[None], u.new_tensor(values[1:])),
+    ):
+        w = w[:, None, None]
+        dt = 0.5 * field.largest_step(batch, w)
+        together = Evolution(SSPStep(field))(batch, 4 * dt, 4, w)
+        once = field.limit(batch, w)
+        assert together.shape == batch.shape and not torch.equal(once, batch)
+        for k in range(len(batch)):
+            alone = Evolution(SSPStep(field))(batch[k], 4 * dt, 4, w[k, 0, 0])
+            torch.testing.assert_close(together[k], alone, rtol=0, atol=1e-13)
+            torch.testing.assert_close(once[k], field.limit(batch[k], float(w[k])), rtol=0, atol=1e-13)
+
+
+def test_courant_numbers_and_what_they_refuse() -> None:
+    """Linear stability (Cockburn and Shu 2001, table 2.2), or the end weight of Gauss-Lobatto."""
+    stable, weight = (1.0, 0.409, 0.209, 0.130), (1.0, 1 / 2, 1 / 6, 1 / 6)
+    assert [courant(k) for k in range(4)] == pytest.approx([*map(min, stable, weight)], rel=1e-12)
+    with pytest.raises(GliodeError, match="degree: 4"):
+        courant(4)
+    for dt in (0.0, 0.05, 0.1, 0.1 * (1 + 1e-10)):
+        require_courant(dt, 0.1)
+    require_courant(1e9, math.inf)
+    for dt, largest, said in (
+        (0.25, 0.1, "dt = 0.25 violates .* is 0.1: take 2.50 times"),
+        (0.1001, 0.1, "take 1.01 times"),
+        (0.1, 1e-309, "violates"),
+        (0.1, math.nan, "not finite, or a density, depth or pressure is negative"),
+        (0.1, 0.0, "not finite, or"),
+    ):
+        with pytest.raises(Diverged, match=said):
+            require_courant(dt, largest)
+    for dt in (-1e-3, math.nan, math.inf):
+        for largest in (0.1, math.inf, math.nan):
+            with pytest.raises(GliodeError, match=r"dt = .*not negative") as error:
+                require_courant(dt, largest)
+            assert not isinstance(error.value, Diverged)  # no trial point, a mistake
+
+
+def test_no_step_goes_back_in_time() -> None:
+    field, u = limited()
+    with pytest.raises(GliodeError, match="dt = -0"):
+        SSPStep(field)(u, -1e-3)
 
 
 def test_as_the_activation_of_a_network_it_is_the_same_run() -> None:

@@ -144,6 +144,31 @@ def test_single_precision_is_solved_to_its_own() -> None:
     torch.testing.assert_close(S(b, w, 5.0), exact, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("size", [1e-30, 1e-16, 1.0, 1e25])
+def test_single_precision_is_solved_in_the_scale_of_each_state(size: float) -> None:
+    """Squares of the residuals are out of the range of single precision."""
+    n = 20
+    first = torch.arange(n - 1)
+    pairs = Conductances(first, first + 1, first.int()[:, None], torch.ones(1, 1), n, True)
+    S = Resolvent(torch.ones(n), Stiffness(pairs))
+    b, w = torch.rand(3, n) * torch.tensor([[1.0], [size], [0.0]]), torch.rand(n - 1) + 0.5
+    exact = torch.linalg.solve((torch.eye(n) + 5 * tridiagonal(w)).double(), b.double().T).T
+    found = S(b, w, 5.0).double()
+    assert not found[2].any()
+    for i in (0, 1):
+        assert float((found[i] - exact[i]).norm()) < 1e-5 * float(exact[i].norm())
+
+
+def test_one_state_has_as_many_solutions_as_steps() -> None:
+    b = torch.rand(4, dtype=F64, requires_grad=True)
+    w = torch.rand(3, dtype=F64, requires_grad=True)
+    tau = torch.tensor([[0.1], [3.0], [40.0]], dtype=F64, requires_grad=True)
+    for mass in (MASSES["lumped"](4), consistent(4)):
+        S = resolvent(mass, 4, rtol=1e-15)
+        torch.testing.assert_close(S(b, w, tau), torch.stack([S(b, w, t) for t in tau[:, 0]]))
+        assert torch.autograd.gradcheck(S, (b, w, tau), check_forward_ad=True)
+
+
 def test_a_solve_that_fails_says_so() -> None:
     S = resolvent(torch.ones(8, dtype=F64))
     b, w = torch.rand(2, 8, dtype=F64), torch.ones(7, dtype=F64)
@@ -157,9 +182,9 @@ def test_a_solve_that_fails_says_so() -> None:
         S(torch.stack([b[0], b[1] * torch.nan]), w, 3.0)
     with pytest.raises(GliodeError, match="runs backwards"):
         S(b, w, -1.0)
-    S.most = 2
+    matrix = torch.eye(8, dtype=F64) + 30.0 * tridiagonal(w)
     with pytest.raises(GliodeError, match="2 of 2 states did not converge in 2 iterations"):
-        S(b, w, 30.0)
+        conjugate_gradients(lambda u: u @ matrix, b, 1 / matrix.diagonal(), b, most=2)
 
 
 def test_what_does_not_fit_is_told() -> None:
@@ -169,6 +194,10 @@ def test_what_does_not_fit_is_told() -> None:
         S(b.float(), w, 1.0)
     with pytest.raises(GliodeError, match=r"conductances: torch.float32"):
         S(b, w.float(), 1.0)
+    with pytest.raises(GliodeError, match=r"tau: shape \(8,\), expected a number or \(batch, 1\)"):
+        S(b, w, torch.ones(8, dtype=F64))
+    with pytest.raises(GliodeError, match=r"tau: \(3, 1\) for states \(2, 8\)"):
+        S(b.expand(2, 8), w, torch.ones(3, 1, dtype=F64))
     with pytest.raises(GliodeError, match="no stiffness"):
         Resolvent(torch.ones(8, dtype=F64))(b, w, 1.0)
     with pytest.raises(GliodeError, match="no conductances"):

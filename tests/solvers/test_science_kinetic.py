@@ -24,6 +24,7 @@ from solvers.node.science.kinetic import (
     GOLDSTEIN_TAYLOR,
     MicroMacro,
     Velocities,
+    check_velocities,
     fourier_mode,
     ordinates,
     time_steps,
@@ -235,6 +236,24 @@ def test_scattering_is_identified_as_a_function_and_as_a_number() -> None:
     assert float(number) == pytest.approx(1.4, rel=0.1)
 
 
+def test_velocities_are_a_mean_of_zero() -> None:
+    third = (np.array([-1.0, 2.0]), np.array([2.0, 1.0]) / 3)
+    for good in (GOLDSTEIN_TAYLOR, ordinates(6), third):
+        check_velocities(good)
+    ones = np.array([0.5, 0.5])
+    for v, w, said in (
+        ([-1.0, 1.0], [0.4, 0.5], "the weights sum to 0.9 "),
+        ([-1.0, 2.0], ones, "w . v is 0.5 "),
+        ([-1.0, 1.0], [1.5, -0.5], "positive weights"),
+        ([-math.inf, math.inf], ones, "finite velocities"),
+        ([-1.0, math.nan], ones, "finite velocities"),
+        ([-1.0, 0.0, 1.0], ones, "as many"),
+        ([[-1.0, 1.0]], [ones], "velocities"),
+    ):
+        with pytest.raises(GliodeError, match=said):
+            check_velocities((np.array(v), np.array(w)))
+
+
 def of(model: Any, state: Tensor | None = None, *rest: Any) -> Callable[[], Any]:
     return lambda: model()(state, *rest) if state is not None else model()
 
@@ -251,6 +270,10 @@ MACRO, GAS = lambda: MicroMacro(ordinates(2), 1.0, 8, 0.1), lambda: BGK(0, 1, 8)
         (of(MACRO, torch.zeros(8, 2, dtype=F64), 1e-3), "state"),
         (of(MACRO, torch.zeros(8, 3, dtype=F64), 1e-3, -1.0), "sigma"),
         (of(lambda: BGK(0, 1, 8, gamma=3.5)), "gamma"),
+        (of(MACRO, torch.zeros(8, 3, dtype=F64), 1e-3, math.inf), "sigma"),
+        (of(MACRO, torch.zeros(8, 3, dtype=F64), -1e-3), "dt = -0.001"),
+        (of(MACRO, torch.zeros(8, 3, dtype=F64), math.nan), "dt = nan"),
+        (of(GAS, torch.zeros(8, 48, dtype=F64), -1e-3), "dt = -0.001"),
         (of(GAS, torch.zeros(8, 4, dtype=F64), 1e-3), "state"),
         (of(GAS, torch.zeros(8, 48, dtype=F64), 1e-3), "not positive"),
         (of(GAS, torch.zeros(8, 48, dtype=F64), 1e-3, 0.0), "tau"),

@@ -88,6 +88,36 @@ def test_the_sampled_product_goes_in_pieces(monkeypatch: pytest.MonkeyPatch) -> 
     torch.testing.assert_close(*found)
 
 
+def test_no_states_have_no_product_and_no_derivative() -> None:
+    A = matrix()
+    x, values = torch.zeros(0, 7, dtype=F64, requires_grad=True), A.values.clone().requires_grad_()
+    out = product(A, x, values)
+    by_x, by_values = torch.autograd.grad(out.sum(), (x, values))
+    assert out.shape == (0, 5) and by_x.shape == (0, 7)
+    assert torch.equal(by_values, torch.zeros_like(values))
+
+
+def test_the_bound_of_a_pair_operator_is_found_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs, bounds = graph(), list[Tensor]()
+    operator = PairOperator(pairs, torch.linspace(0.5, 1.5, 9, dtype=F64))
+    D = torch.rand(3, 6, dtype=F64)
+    bound = operator.bound
+
+    def counted(*weights: Tensor) -> Tensor:
+        bounds.append(bound(*weights))
+        return bounds[-1]
+
+    monkeypatch.setattr(operator, "bound", counted)
+    flow, weights = BatchedFlow(operator), operator.conductances(D)
+    u = operator.box(torch.rand(3, 9, dtype=F64))
+    for _ in range(3):
+        u = flow(u, 0.1, *weights)
+    assert len(bounds) == 1
+    K = [dense(pairs, pairs(d)) / torch.linspace(0.5, 1.5, 9, dtype=F64)[:, None] for d in D]
+    largest = torch.stack([torch.linalg.eigvals(k).abs().max() for k in K])
+    assert bool((bounds[0][0] >= largest).all())
+
+
 @pytest.mark.parametrize("many", [False, True])
 def test_the_stiffness_is_the_dense_one(many: bool) -> None:
     pairs = graph()

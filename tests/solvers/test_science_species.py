@@ -47,6 +47,43 @@ def still(reaction: Reaction) -> Species:
     return Species(reaction, lambda u, dt, w: u, lambda D: D, cells=1)
 
 
+def written_out(name: str, u: np.ndarray) -> np.ndarray:
+    """The reactions of docs/theory/species.md in NumPy, with the numbers of REACTIONS."""
+    if name == "necrosis":
+        p, n, c = u
+        fed, dies = c / (c + 0.1), 1 / (1 + (c / 0.2) ** 4)
+        grown, dead = 0.4 * fed * p * (1 - p - n), 0.3 * dies * p
+        return np.stack([grown - dead, dead, 0.3 * (1 - c) * (1 - n) - 2.0 * fed * p])
+    p, i = u
+    n = p + i
+    if name == "constant rates":
+        switch = 0.15 * p - 0.1 * i
+        return np.stack([0.2 * p * (1 - n) - switch, 0.05 * i * (1 - n) + switch])
+    a = 1 / (1 + np.exp(-(n - 0.4) / 0.1))
+    switch = 0.3 * a * p - 0.1 * (1 - a) * i
+    return np.stack([0.2 * p * (1 - n) - switch, switch])
+
+
+@pytest.mark.parametrize("name", REACTIONS)
+def test_reactions_are_the_formulas(name: str) -> None:
+    """On a grid of densities from 0 to beyond the capacity, and at one state worked out by hand."""
+    reaction, rates = REACTIONS[name]
+    values = [torch.tensor(rates[key], dtype=torch.float64) for key in reaction.parameters]
+    levels = np.array([0.0, 0.03, 0.1, 0.2, 0.45, 0.8, 1.2])
+    u = np.stack(np.meshgrid(*[levels] * len(reaction.species), indexing="ij")).reshape(
+        len(reaction.species), -1
+    )
+    found = reaction.rates(torch.from_numpy(u), *values).numpy()
+    np.testing.assert_allclose(found, written_out(name, u), rtol=1e-13, atol=1e-15)
+    by_hand = {  # u, R(u)
+        "constant rates": ([0.5, 0.3], [-0.025, 0.048]),
+        "crowded": ([0.3, 0.1], [-0.004, 0.04]),  # n at the threshold: a = b = 1/2
+        "necrosis": ([0.5, 0.1, 0.2], [-0.0216666666666667, 0.075, -0.450666666666667]),  # d = 1/2, h = 2/3
+    }[name]
+    one = reaction.rates(torch.tensor(by_hand[0], dtype=torch.float64)[:, None], *values)[:, 0]
+    assert one.tolist() == pytest.approx(by_hand[1], rel=1e-12)
+
+
 @pytest.mark.parametrize("name", REACTIONS)
 def test_a_well_mixed_system_is_the_ode(name: str) -> None:
     """Against SciPy, by order 3 (where the rates do not ask for substeps: these are short already)."""
@@ -169,6 +206,37 @@ def test_splitting_approaches_the_unsplit_system_by_order_two(name: str) -> None
     for steps in (24, 48):
         errors.append(float((species.evolve(u0, 6.0, steps, mobility, **rates) - exact).abs().max()))
     assert errors[1] < 1e-3 and math.log2(errors[0] / errors[1]) > 1.7
+
+
+@pytest.mark.parametrize("name", REACTIONS)
+def test_the_field_of_a_batch_is_that_of_its_members(name: str) -> None:
+    """One D or one each, and a rate each."""
+    reaction, rates = REACTIONS[name]
+    domain, count = line(10), len(reaction.species)
+    slope, one = SpeciesField(export(domain, "line"), reaction), start(line(10), reaction)
+    u = torch.stack([one, 0.7 * one, one.flip(-1)])
+    growth = rates["growth"] * torch.tensor([[1.0], [0.5], [2.0]], dtype=torch.float64)
+    given = {key: torch.tensor(value, dtype=torch.float64) for key, value in rates.items()}
+    zero = torch.zeros((), dtype=torch.float64)
+    for mobility in (D[count], torch.stack([D[count], 2 * D[count], D[count].flip(0)])):
+        found = slope(zero, u, mobility, **(given | {"growth": growth}))
+        for k in range(3):
+            single = mobility if mobility.ndim == 1 else mobility[k]
+            alone = slope(zero, u[k], single, **(given | {"growth": growth[k, 0]}))
+            torch.testing.assert_close(found[k], alone, rtol=0, atol=1e-14)
+
+
+@pytest.mark.mpi
+def test_what_is_negative_on_one_rank_is_refused_on_all() -> None:
+    domain, reaction = box((6.0, 4.0, 4.0), (6, 4, 4)), GoOrGrow()
+    species, u, first = on_domain(domain, reaction), start(domain, GoOrGrow()), MPI.COMM_WORLD.rank == 0
+    mobility, rates = torch.ones(2, domain.n_cells, dtype=torch.float64), REACTIONS["constant rates"][1]
+    wrong = mobility.clone()
+    wrong[1, 3] = -1.0
+    with pytest.raises(GliodeError, match="densities are not negative"):
+        species.step(u - 1.0 if first else u, 1.0, mobility, **rates)
+    with pytest.raises(GliodeError, match=r"D: .* must be finite, not negative"):
+        species.step(u, 1.0, wrong if first else mobility, **rates)
 
 
 @pytest.mark.parametrize("name", REACTIONS)

@@ -257,6 +257,29 @@ def test_no_file_at_all_is_told(kind: str, tmp_path: Path) -> None:
         SemiDiscrete.load(path)
 
 
+def test_a_record_nested_too_deeply_is_damaged(tmp_path: Path) -> None:
+    path = tmp_path / "case.safetensors"
+    save_file({"mass": torch.ones(2, dtype=F64)}, path, {KEY: "[" * 20_000})
+    with pytest.raises(GliodeError, match=r"case.safetensors: its record is damaged"):
+        SemiDiscrete.load(path)
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ({"loads": {3: torch.ones(3, dtype=F64)}}, "loads: the name 3 is no text; give '3'"),
+        ({"fractions": {None: torch.ones(3, dtype=F64)}}, "fractions: the name None is no text"),
+        ({"operators": {1: Sparse.of(_eye(3))}}, "operators: the name 1 is no text"),
+        ({"units": {1: "mm"}}, "units: the name 1 is no text"),
+        ({"units": {"x": 1.0}}, "units.x: 1.0 is no text"),
+        ({"provenance": {"seed": 3}}, "provenance.seed: 3 is no text; give '3'"),
+    ],
+)
+def test_what_a_file_could_not_give_back_is_refused_when_made(parts: dict[str, Any], message: str) -> None:
+    with pytest.raises(GliodeError, match=message):
+        SemiDiscrete(torch.ones(3, dtype=F64), **parts)
+
+
 def test_parts_that_do_not_fit_are_refused_when_made() -> None:
     mass = torch.ones(3, dtype=F64)
     with pytest.raises(GliodeError, match=r"operators.A: shape \(2, 2\), expected \(3, 3\)"):

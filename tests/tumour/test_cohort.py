@@ -249,6 +249,9 @@ def test_what_makes_no_sense_is_said_before_the_run() -> None:
         cohort(u, **{**m, "rho": torch.ones(3, 2)})
     with pytest.raises(GliodeError, match=r"age: .* must be positive"):
         cohort(u, **{**m, "age": 0.0})
+    for steps in (0, -2):
+        with pytest.raises(GliodeError, match=rf"steps: {steps} must be positive"):
+            cohort(u, **m, steps=steps)
     with pytest.raises(GliodeError, match=r"stages: 2 are stable up to .* days .* the step is 4 days"):
         Cohort(whole, stages=2)(u, **{**m, "age": 80.0, "D_white": 3.0}, steps=10)
     with pytest.raises(GliodeError, match=r"fractions of grey, white are missing"):

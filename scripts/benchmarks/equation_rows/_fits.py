@@ -1,4 +1,4 @@
-"""Parameters found again from noisy data, for the rows: Gauss-Newton on their logarithms."""
+"""Parameters found again from noisy data, for the rows, by Gauss-Newton; distances."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from torch import Tensor
 from inverse.optimizers import gauss_newton
 from inverse.problem import LeastSquares
 from inverse.stopping import GradientTolerance, MaxIterations, StepTolerance
-from solvers.spaces import Euclidean
+from solvers.spaces import Euclidean, Space
 
 SEEDS = (1, 2, 3)
 NOISE = 0.01
+STOPPING = (GradientTolerance(1e-4), StepTolerance(1e-4), MaxIterations(20))
 Found = dict[str, tuple[float, list[float]]]
 
 
@@ -24,19 +25,29 @@ def noisy(clean: Tensor, seed: int) -> tuple[Tensor, float]:
     return clean + sd * torch.randn(clean.shape, generator=generator, dtype=clean.dtype), sd
 
 
+def estimates(
+    space: Space, forward: Callable[[Tensor], Tensor], clean: Tensor, guess: Tensor
+) -> list[Tensor]:
+    """The minimisers, one for the noise of each seed, each search from the guess."""
+    found = []
+    for seed in SEEDS:
+        problem = LeastSquares(space, forward, *noisy(clean, seed))
+        found.append(gauss_newton.minimise(problem, guess, jacobian_updates=True, stopping=STOPPING).m)
+    return found
+
+
 def fits(
     forward: Callable[[Tensor], Tensor], clean: Tensor, truth: Mapping[str, float], start: Mapping[str, float]
 ) -> Found:
-    """{name: (truth, estimate for each seed)}; forward: the values of the parameters (k,) -> data."""
-    names = list(truth)
-    guess = torch.tensor([start[name] for name in names], dtype=torch.float64).log()
-    found: Found = {name: (truth[name], []) for name in names}
-    for seed in SEEDS:
-        data, sd = noisy(clean, seed)
-        problem = LeastSquares(Euclidean(len(names)), lambda m: forward(m.exp()), data, sd)
-        stopping = (GradientTolerance(1e-4), StepTolerance(1e-4), MaxIterations(20))
-        result = gauss_newton.minimise(problem, guess, jacobian_updates=True, stopping=stopping)
-        guess = result.m  # of the next seed: where the search begins does not matter to where it ends
-        for name, value in zip(names, result.m.exp().tolist(), strict=True):
-            found[name][1].append(value)
-    return found
+    """{name: (truth, estimate for each seed)}; forward: the values of the parameters (k,) -> data.
+
+    All are positive: the search is for their logarithms.
+    """
+    guess = torch.tensor([start[name] for name in truth], dtype=torch.float64).log()
+    found = estimates(Euclidean(len(truth)), lambda m: forward(m.exp()), clean, guess)
+    return {name: (truth[name], [float(m[k].exp()) for m in found]) for k, name in enumerate(truth)}
+
+
+def relative(found: Tensor, exact: Tensor) -> float:
+    """The relative distance in the Euclidean norm."""
+    return float((found - exact).norm() / exact.norm())

@@ -14,7 +14,7 @@ from inverse.optimizers import conjugate_gradients
 from inverse.problem import LeastSquares
 from inverse.stopping import Discrepancy, MaxIterations
 from scripts.benchmarks.equation_rows import Row
-from scripts.benchmarks.equation_rows._fits import SEEDS, fits, noisy
+from scripts.benchmarks.equation_rows._fits import SEEDS, fits, noisy, relative
 from solvers.evolution import Evolution
 from solvers.fem.equations.conservation import FemDG, rectangle
 from solvers.node.science import elements, riemann
@@ -124,9 +124,16 @@ def start_of_a_wave() -> Row:
         problem = LeastSquares(DepthSobolev(knots, (), 0.1), forward, data, sd)
         until = (Discrepancy(tau=1.05, delta=math.sqrt(data.numel())), MaxIterations(40))
         m = conjugate_gradients.minimise(problem, torch.full((n,), 0.5).double(), stopping=until).m
-        errors.append(float((m - exact).norm() / (exact - 0.5).norm()))
-    note = f"relative L2 error of the field for the worst seed; {n} values, data from P2 on {4 * n} cells"
-    return Row("start of Burgers' wave", "the field behind the data", max(errors), 0.1, note=note)
+        errors.append(relative(m - 0.5, exact - 0.5))
+    share = sd / float((clean - 0.5).square().mean().sqrt())
+    note = (
+        f"P1, {n} cells; data from P2 on {4 * n} cells; identified: the start's {n} values, L2 error over "
+        f"that of the guess 1/2. It misses 5 %: a field of {n} values from noise that is 1 % of the largest "
+        f"value, {100 * share:.1f} % of the wave itself, in each datum"
+    )
+    error = relative(forward(exact), clean)
+    reference = f"P2 on {4 * n} cells"
+    return Row("start of Burgers' wave", reference, error, 0.01, note=note, field_error=max(errors))
 
 
 def hat(cells: int) -> Row:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -10,17 +10,15 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from inverse.optimizers import gauss_newton
-from inverse.problem import LeastSquares
-from inverse.stopping import MaxIterations, StepTolerance
 from scripts.benchmarks.equation_rows import Row
+from scripts.benchmarks.equation_rows._fits import estimates, relative
 from scripts.benchmarks.equation_rows.flow import parabola
 from solvers.fem.equations.cylinder import HEIGHT, at_inflow, cylinder_channel, not_outflow
 from solvers.fem.equations.navier_stokes import midpoint_step, steady
 from solvers.fem.equations.taylor_hood import Probe, TaylorHood
 from solvers.node.science.activated import Stepped, Unknown
 from solvers.node.weights import Parameters
-from solvers.spaces import Euclidean, Space
+from solvers.spaces import Euclidean
 
 
 def rows(full: bool) -> list[Row]:
@@ -62,14 +60,14 @@ class Channel:
         return self._probe.velocity(u)
 
 
-def identification(seeds: Sequence[int] = (1, 2, 3)) -> Row:
+def identification() -> Row:
     truth = torch.tensor([np.log(1e-3), np.log(0.3), 0.3, 0.4], dtype=torch.float64)
     guess = torch.tensor([np.log(2e-3), np.log(0.2), 0.0, 0.0], dtype=torch.float64)
     with torch.no_grad():
         clean, model = Channel(16)(truth), Channel(8)
         error = relative(model(truth), clean)
-    found = [estimate(Euclidean(4), model, clean, guess, seed) for seed in seeds]
-    estimates = {
+    found = estimates(Euclidean(4), model, clean, guess)
+    values = {
         "viscosity": (1e-3, [m[0].exp().item() for m in found]),
         "amplitude": (0.3, [m[1].exp().item() for m in found]),
         "skew": (0.3, [m[2].item() for m in found]),
@@ -81,7 +79,7 @@ def identification(seeds: Sequence[int] = (1, 2, 3)) -> Row:
         " error: of the velocities there"
     )
     case = "channel with cylinder: viscosity, inflow"
-    return Row(case, "finer mesh", error, 1e-2, parameters=estimates, note=note)
+    return Row(case, "finer mesh", error, 1e-2, parameters=values, note=note)
 
 
 KNOTS = [0.0, 0.35, 0.25, 0.4, 0.3]  # the inflow's amplitude each half second, linear between
@@ -114,37 +112,21 @@ def run(net: Stepped, m: Tensor, rest: Tensor) -> Tensor:
     return states
 
 
-def identification_in_time(seeds: Sequence[int] = (1, 2, 3)) -> Row:
+def identification_in_time() -> Row:
     truth = torch.tensor([np.log(1e-3), *KNOTS], dtype=torch.float64)
     net, model = pulsating(8)
     with torch.no_grad():
         clean = pulsating(12)[1](truth)
         error = relative(model(truth), clean)
     parameters = Parameters(net, length=0.2)
-    found = [estimate(parameters.space, model, clean, parameters.pack(), seed) for seed in seeds]
-    estimates = {"viscosity": (1e-3, [m[0].exp().item() for m in found])}
-    for k, value in enumerate(KNOTS[1:], start=1):
-        estimates[f"inflow at {k / 2:g} s"] = (value, [m[1 + k].item() for m in found])
+    found = estimates(parameters.space, model, clean, parameters.pack())
+    values = {"viscosity": (1e-3, [m[0].exp().item() for m in found])}
+    for k, amplitude in enumerate(KNOTS[1:], start=1):
+        values[f"inflow at {k / 2:g} s"] = (amplitude, [m[1 + k].item() for m in found])
     note = (
         "a network of 10 midpoint steps from rest; both components at 24 points after each; data from a mesh"
         " of 2.2 times the cells and the same steps; error: of the velocities there"
     )
     return Row(
-        "channel in time: viscosity, inflow(t)", "finer mesh", error, 1e-2, parameters=estimates, note=note
+        "channel in time: viscosity, inflow(t)", "finer mesh", error, 1e-2, parameters=values, note=note
     )
-
-
-def relative(found: Tensor, exact: Tensor) -> float:
-    """The relative distance in the Euclidean norm."""
-    return float((found - exact).norm() / exact.norm())
-
-
-def estimate(
-    space: Space, model: Callable[[Tensor], Tensor], clean: Tensor, guess: Tensor, seed: int
-) -> Tensor:
-    """The parameters found from data with noise of 1 % of the largest."""
-    generator, sd = torch.Generator().manual_seed(seed), 0.01 * float(clean.abs().max())
-    data = clean + sd * torch.randn(clean.shape, generator=generator, dtype=torch.float64)
-    problem = LeastSquares(space, model, data, noise=sd)
-    rules = (StepTolerance(1e-4), MaxIterations(20))
-    return gauss_newton.minimise(problem, guess, jacobian_updates=True, stopping=rules).m

@@ -23,6 +23,7 @@ from inverse.problem import LeastSquares
 from inverse.sensitivity import directional
 from inverse.stopping import MaxIterations, StepTolerance
 from scripts.benchmarks.equation_rows import Row
+from scripts.benchmarks.equation_rows._fits import NOISE, SEEDS
 from solvers.node.science.activated import ScienceActivated, Unknown
 from solvers.node.science.systems import SYSTEMS, System
 from solvers.node.weights import Parameters
@@ -30,7 +31,6 @@ from solvers.ode.adaptive import adaptive_grid
 from solvers.ode.integrate import integrate
 
 Values = dict[str, Tensor]
-SEEDS, NOISE = (1, 2, 3), 0.01
 STOPPING = (StepTolerance(3e-5), MaxIterations(30))
 
 

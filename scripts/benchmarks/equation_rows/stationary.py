@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import dolfinx
@@ -13,12 +13,9 @@ from dolfinx.fem import Constant, Function, functionspace
 from mpi4py import MPI
 from torch import Tensor
 
-from inverse.optimizers import gauss_newton
-from inverse.problem import LeastSquares
-from inverse.stopping import MaxIterations, StepTolerance
 from scripts.benchmarks.equation_rows import Row
+from scripts.benchmarks.equation_rows._fits import fits, relative
 from solvers.fem.equations.stationary import Stationary, elasticity, poisson, zero
-from solvers.spaces import Euclidean
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -65,7 +62,7 @@ def heat_conduction() -> Row:
         exact = conduction_exact(0.7, 5.0, points)
         with torch.no_grad():
             errors.append(relative(solve(*truth.values()), exact))
-    estimates = identified(lambda m: solve(*m.exp()), exact, [1.0, 1.0])
+    start = dict.fromkeys(truth, 1.0)
     return Row(
         "Poisson",
         "closed form",
@@ -73,7 +70,7 @@ def heat_conduction() -> Row:
         1e-2,
         float(np.log2(errors[0] / errors[1])),
         2.0,
-        {name: (value, [e[i] for e in estimates]) for i, (name, value) in enumerate(truth.items())},
+        fits(lambda m: solve(*m), exact, truth, start),
         "P1, 16 x 16 x 2 triangles; the flux through one side is known, else only source / conductivity could"
         " be found; data: the closed form",
     )
@@ -125,7 +122,7 @@ def tube() -> Row:
         exact = tube_exact(2.0, 0.3, points)
         with torch.no_grad():
             errors.append(relative(solve(*truth.values()), exact))
-    estimates = identified(lambda m: solve(*m.exp()), exact, [1.0, 0.2])
+    start = {"Young's modulus": 1.0, "Poisson's ratio": 0.2}
     return Row(
         "elastic tube in 3-D",
         "Lamé's closed form",
@@ -133,30 +130,6 @@ def tube() -> Row:
         1e-2,
         float(np.log2(errors[0] / errors[1])),
         2.0,
-        {name: (value, [e[i] for e in estimates]) for i, (name, value) in enumerate(truth.items())},
+        fits(lambda m: solve(*m), exact, truth, start),
         "Q1, 8 x 16 x 2 hexahedra on a quarter; data: the closed form at all nodes",
     )
-
-
-# ---- both -----------------------------------------------------------------------------------------------
-
-
-def relative(found: Tensor, exact: Tensor) -> float:
-    """The relative error in the Euclidean norm of the nodal values."""
-    return float((found - exact).norm() / exact.norm())
-
-
-def identified(
-    model: Callable[[Tensor], Tensor], clean: Tensor, guess: Sequence[float], seeds: Sequence[int] = (1, 2, 3)
-) -> list[list[float]]:
-    """Estimates from data with 1 % noise, one for each seed; model: of the parameters' logarithms."""
-    found = []
-    for seed in seeds:
-        generator = torch.Generator().manual_seed(seed)
-        sd = 0.01 * float(clean.abs().max())
-        data = clean + sd * torch.randn(clean.shape, generator=generator, dtype=torch.float64)
-        problem = LeastSquares(Euclidean(len(guess)), model, data, noise=sd)
-        start = torch.tensor(guess, dtype=torch.float64).log()
-        m = gauss_newton.minimise(problem, start, stopping=(StepTolerance(1e-5), MaxIterations(20))).m
-        found.append(m.exp().tolist())
-    return found

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from scripts.benchmarks.equation_rows import Row
-from scripts.benchmarks.equation_rows._fits import fits
+from scripts.benchmarks.equation_rows._fits import fits, relative
 from solvers.evolution import Evolution
 from solvers.fem.equations.advection import Transport
 from solvers.fem.mesh import from_mesh, interval
@@ -87,8 +87,7 @@ def carried(
     errors = []
     for transport, count in zip(transports, steps, strict=True):
         true = exact(transport.points, times[-1])
-        u = march(transport, exact, times, count, m)[-1]
-        errors.append(float((u - true).norm() / true.norm()))
+        errors.append(relative(march(transport, exact, times, count, m)[-1], true))
     order = math.log2(errors[-2] / errors[-1])
     coarse = transports[-2]
     clean = torch.stack([exact(coarse.points, t) for t in times])

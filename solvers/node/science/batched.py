@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from solvers.errors import GliodeError
+from solvers.errors import Diverged, GliodeError
 from solvers.evolution import is_dual
 from solvers.legendre import MOST_STAGES, FloatArray, polynomial, reach, stages_for
 
@@ -115,9 +115,16 @@ class BatchedFlow:
 
     def __call__(self, u: Tensor, dt: Tensor | float, *weights: Tensor) -> Tensor:
         """Advance u by dt days; dt: a number, or one for each tumour."""
-        shape = self.bound(weights).shape
-        dt = torch.as_tensor(dt, dtype=u.dtype, device=u.device).expand(shape)
         u, weights = u.contiguous(), tuple(w.contiguous() for w in weights)
+        shape, parts = self.bound(weights).shape, self.operator.split(u)
+        fits = u.ndim == len(shape) and all(k in (1, m) for k, m in zip(shape, u.shape, strict=True))
+        if not fits or (parts != [...] and len(parts) != shape[0]):
+            raise GliodeError(f"state: shape {tuple(u.shape)}, its weights are of tumours {shape}")
+        if any(w.dtype != u.dtype or w.device != u.device for w in weights):
+            raise GliodeError(
+                f"state: {u.dtype} on {u.device}, its weights {weights[0].dtype} on {weights[0].device}"
+            )
+        dt = torch.as_tensor(dt, dtype=u.dtype, device=u.device).expand(shape)
         dual = is_dual(u, dt, *weights)
         if dual and torch.is_grad_enabled() and any(x.requires_grad for x in (u, dt, *weights)):
             return self.on_tape(u, dt, *weights)
@@ -149,7 +156,7 @@ class BatchedFlow:
                 return bound
         found: FloatArray = self.operator.bound(*weights).double().cpu().numpy()
         if not np.isfinite(found).all() or (found < 0).any():
-            raise GliodeError("diffusion: D is negative or not finite for some tumour")
+            raise Diverged("diffusion: D is negative or not finite for some tumour")
         self._bounds = [(weights, versions, found), *self._bounds[:3]]
         return found
 
@@ -167,13 +174,13 @@ class BatchedFlow:
         if self.stages is None:
             s = np.vectorize(stages_for, otypes=[int])(z)
             if int(s.max()) > MOST_STAGES:
-                raise GliodeError(
+                raise Diverged(
                     f"diffusion: a step of {at:g} days needs {s.max()} stages on this mesh (the fastest mode"
                     f" decays at {rate:.3g}/day); shorten it"
                 )
         elif z.flat[most] > reach(self.stages) * (1 + 1e-9):
             longest = reach(self.stages) / rate
-            raise GliodeError(
+            raise Diverged(
                 f"stages: {self.stages} are stable up to {longest:.3g} days on this mesh (the"
                 f" fastest mode decays at {rate:.3g}/day), the step is {at:.3g} days: take shorter steps, or"
                 f" {stages_for(float(z.flat[most]))} stages and more, or leave their number out"
@@ -312,19 +319,24 @@ class _Flow(torch.autograd.Function):
         grad_dt = None
         if needed[1]:  # theta L(w) depends on w dt alone
             grad_dt = sum((w * g).sum_to_size(dt.shape) for w, g in zip(weights, totals, strict=True)) / dt
+            if bool((still := dt == 0).any()):
+                rate = ctx.flow.operator.rate(weights, u)
+                grad_dt = torch.where(still, -(grads[0] * rate).sum_to_size(dt.shape), grad_dt)
         return None, grad, grad_dt, *(totals if totals else [None] * len(weights))
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensor:
         u, dt, *weights = (x.detach() for x in ctx.saved_tensors)
         _, du, ddt, *dweights = tangents
-        changes = None
+        changes, still = None, dt == 0
         if ddt is not None or any(d is not None for d in dweights):
-            growth = torch.zeros_like(dt) if ddt is None else ddt / dt
+            growth = torch.zeros_like(dt) if ddt is None else torch.where(still, 0.0, ddt / dt)
             changes = [
                 (growth * w if d is None else growth * w + d).contiguous()
                 for w, d in zip(weights, dweights, strict=True)
             ]
         du = torch.zeros_like(u) if du is None else du.contiguous()
         out: Tensor = ctx.flow.tangent(ctx.plan, u, weights, du, changes)
+        if ddt is not None and bool(still.any()):  # du/ddt = -L u there
+            out -= torch.where(still, ddt, 0.0) * ctx.flow.operator.rate(weights, u)
         return out

@@ -22,9 +22,13 @@ from abc import abstractmethod
 import torch
 from torch import Tensor, nn
 
-from solvers.errors import GliodeError
+from solvers.errors import Diverged, GliodeError
 from solvers.node.collocation import Perceptron
 from solvers.ode.integrate import integrate
+
+NODES = 64  # of Decreasing
+LONGEST = 0.25  # step of GrowthFlow, in units of its fastest rate
+MOST_STEPS = 10_000  # in one dt
 
 
 class Law(nn.Module):
@@ -54,20 +58,18 @@ class Decreasing(Law):
 
     c falls to c(1) = 0, also beyond 1, where g < 0. n, constant for the logistic law, is a perceptron with
     one layer of `width` tanh; the root gives room to low densities, where laws differ most. p is linear
-    between its values at `nodes` places (k/nodes)^2, so C is exact, and a state of any size costs a look-up.
+    between its values at 64 places (k/64)^2, so C is exact, and a state of any size costs a look-up.
     Integrals of positive networks: Wehenkel and Louppe (2019).
     """
 
     roots: Tensor
     places: Tensor
 
-    def __init__(self, width: int = 8, at: float = 0.5, nodes: int = 64, seed: int = 0) -> None:
+    def __init__(self, width: int = 8, at: float = 0.5, seed: int = 0) -> None:
         super().__init__(at)
-        if nodes < 2:
-            raise GliodeError(f"closure: {nodes} nodes; give 2 or more")
         self.network = Perceptron((0.0,), (1.0,), width=width, layers=1, seed=seed)
         self.network.layers[-1].bias.requires_grad_(False)  # it cancels
-        roots = torch.linspace(0, 1, nodes + 1, dtype=torch.float64)[:, None]
+        roots = torch.linspace(0, 1, NODES + 1, dtype=torch.float64)[:, None]
         self.register_buffer("roots", roots, persistent=False)
         self.register_buffer("places", roots[:, 0].square(), persistent=False)
 
@@ -102,18 +104,24 @@ class GrowthFlow(nn.Module):
     tumour.growth).
 
     Runge-Kutta steps of order 4 for s = ln(u(t)/u(0)), s' = rho c(u(0) e^s): 0 is kept exactly, no density
-    turns negative, and none leaves [0, 1] by more than the scheme's error. `longest`: the longest step in
-    units of the fastest rate, max(rho u |c'(u)|, rho c / 4) over the densities in [0, 1].
+    turns negative, and none leaves [0, 1] by more than the scheme's error. The longest step is a quarter
+    in units of the fastest rate, max(rho u |c'(u)|, rho c / 4) over the densities in [0, 1]. Raises Diverged
+    where that is not finite, or so fast that one dt takes over 10000 steps.
     """
 
-    def __init__(self, law: Law, longest: float = 0.25) -> None:
+    def __init__(self, law: Law) -> None:
         super().__init__()
-        self.law, self.longest = law, longest
+        self.law = law
 
     def forward(self, u: Tensor, dt: Tensor | float, rho: Tensor | float) -> Tensor:
         t = torch.as_tensor(dt, dtype=u.dtype) * rho
-        count = math.ceil(float(t.detach().abs().max()) * self.rate() / self.longest - 1e-9)
-        times = torch.linspace(0, 1, max(count, 1) + 1, dtype=torch.float64)
+        count = float(t.detach().abs().max()) * self.rate() / LONGEST
+        if not count <= MOST_STEPS:
+            raise Diverged(
+                f"closure: the learned law's flow takes {count:.3g} steps in one dt (at most {MOST_STEPS}): "
+                "dt, rho or the network's parameters are not finite, or far too large"
+            )
+        times = torch.linspace(0, 1, max(math.ceil(count - 1e-9), 1) + 1, dtype=torch.float64)
 
         def field(_: Tensor, s: Tensor) -> Tensor:
             return t * self.law.per_capita(u * torch.exp(s))

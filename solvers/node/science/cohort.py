@@ -99,7 +99,11 @@ class Cohort:
         oldest = float(given[4].detach().max())
         if not float(given[4].detach().min()) > 0:
             raise GliodeError(f"age: {float(given[4].detach().min())} days must be positive")
-        count = steps or max(1, math.ceil(oldest / self.longest - 1e-9))
+        if steps is not None and steps < 1:
+            raise GliodeError(
+                f"steps: {steps} must be positive; leave it out for steps of {self.longest} days"
+            )
+        count = steps if steps is not None else max(1, math.ceil(oldest / self.longest - 1e-9))
 
         def run(u: Tensor, age: Tensor, *rest: Tensor) -> Tensor:
             return self._evolution(u, age, count, *rest)

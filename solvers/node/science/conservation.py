@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from solvers.errors import GliodeError
+from solvers.errors import Diverged, GliodeError
 from solvers.node.science.elements import Elements
 from solvers.node.science.laws import Law, courant, require_courant, rusanov
 
@@ -78,7 +78,7 @@ class DG:
 
     def limit(self, u: Tensor, *given: Any, **named: Any) -> Tensor:
         """u with its slopes limited, then scaled towards the cell means until density, depth and pressure are
-        positive; the means stay. Differentiable almost everywhere. Raises GliodeError for means that are not
+        positive; the means stay. Differentiable almost everywhere. Raises Diverged for means that are not
         positive.
         """
         w = self.law.values(given, named)
@@ -95,9 +95,10 @@ class DG:
         e, average = self.elements, mean[..., 0, :]
         gaps = average.index_select(-2, e.neighbours.reshape(-1)).unflatten(-2, e.neighbours.shape) - mean
         deviation = u - mean
-        columns = self.law.waves(average.unbind(-1), *w)
+        columns = self.law.waves(mean.unbind(-1), *w)  # (..., K, 1) each, which w fits
         if columns is not None:
             waves = torch.stack([torch.stack(row, -1) for row in columns], -1)  # transposed, for rows
+            waves = waves.squeeze(-3)
             components = torch.linalg.inv(waves)
             gaps, deviation = gaps @ components, deviation @ components
         low, high = self._bounds(gaps)
@@ -129,7 +130,7 @@ class DG:
     def _require_positive(self, mean: Tensor, w: Sequence[Any]) -> None:
         for i, middle in enumerate(self.law.positive(mean.detach().unbind(-1), *w)):
             if not bool((middle > FLOOR).all()):
-                raise GliodeError(
+                raise Diverged(
                     f"limiter: positive quantity {i + 1} of {type(self.law).__name__} has a cell mean of "
                     f"{float(middle.detach().min()):.3g}; take shorter steps, or check the initial state"
                 )
@@ -195,7 +196,7 @@ class SSPStep:
 
     Without a limiter this is the tableau `ssp3`. Bounds of an Euler step (range, positivity, total variation
     of the means) hold for the step. The initial state is taken as it is: limit it first where it has jumps.
-    Raises GliodeError with the largest stable step where dt violates the CFL condition.
+    Raises Diverged with the largest stable step where dt violates the CFL condition.
     """
 
     def __init__(self, field: Limited) -> None:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from solvers import resolvent
-from solvers.errors import GliodeError
+from solvers.errors import Diverged, GliodeError
 from solvers.node.science.sparse import Stiffness, agree, product
 from solvers.operators import Sparse
 from solvers.semidiscrete import SemiDiscrete
@@ -50,14 +50,18 @@ def conjugate_gradients(
     inverse: (n,) or (..., n), that of the operator's diagonal. Raises GliodeError where a state does not
     converge within `most` iterations, or the operator proves not to be positive.
     """
-    u, r = start.clone(), b - apply(start)
+    # In single precision the squares of small right-hand sides vanish: each state is solved in its scale.
+    scale = b.abs().amax(-1, keepdim=True)
+    scale = torch.where(scale > 0, scale, 1.0)
+    b, u = b / scale, start / scale
+    r = b - apply(u)
     goal = rtol**2 * (b * b * inverse).sum(-1, keepdim=True)
     z = inverse * r
     rho, p = (r * z).sum(-1, keepdim=True), z.clone()
     for iteration in range(most + 1):
         active = ~(rho <= goal)  # also where it is not a number
         if not bool(active.any()):
-            return u, iteration
+            return u.mul_(scale), iteration
         q = apply(p)
         curvature = (p * q).sum(-1, keepdim=True)
         broken = active & ~(curvature > 0)
@@ -72,7 +76,7 @@ def conjugate_gradients(
         new = (r * z).sum(-1, keepdim=True)
         p.mul_(torch.where(active, new / rho, 1.0)).addcmul_(active.to(z), z)
         rho = torch.where(active, new, rho)
-    raise GliodeError(
+    raise Diverged(
         f"implicit solve: {int(active.sum())} of {active.numel()} states did not converge in {iteration}"
         " iterations; check that D is positive and finite, or shorten the time step"
     )
@@ -81,8 +85,8 @@ def conjugate_gradients(
 class Resolvent:
     """b -> (M + tau K(w))^-1 b on the tape in b, w and tau, both modes, to any order; b dual, (..., n).
 
-    mass: (n,) lumped, or a symmetric Sparse; stiffness: K, or None for b -> M^-1 b. rtol, most: of the
-    conjugate gradients; their iterations are counted in `iterations`, their solves in `solves`.
+    mass: (n,) lumped, or a symmetric Sparse; stiffness: K, or None for b -> M^-1 b. rtol: of the conjugate
+    gradients; their iterations are counted in `iterations`, their solves in `solves`.
     """
 
     def __init__(
@@ -90,10 +94,8 @@ class Resolvent:
         mass: Tensor | Sparse,
         stiffness: Operator | None = None,
         rtol: float = 1e-10,
-        most: int = 2000,
     ) -> None:
-        self.mass, self.stiffness = mass, stiffness
-        self.rtol, self.most = rtol, most
+        self.mass, self.stiffness, self.rtol = mass, stiffness, rtol
         self.diagonal = mass if isinstance(mass, Tensor) else mass.diagonal
         self.solves = self.iterations = 0
 
@@ -109,7 +111,7 @@ class Resolvent:
         return self.mass * u if isinstance(self.mass, Tensor) else product(self.mass, u)
 
     def __call__(self, b: Tensor, w: Tensor | None = None, tau: Tensor | float = 0.0) -> Tensor:
-        """u (..., n); tau: a number, or (batch, 1) for one of each state."""
+        """u (..., n); tau: a number, or (batch, 1) for one of each state (of one b (n,) as many)."""
         agree(self.diagonal, b, len(self.diagonal))
         if w is None and isinstance(self.mass, Tensor):
             return b / self.mass
@@ -117,7 +119,15 @@ class Resolvent:
             raise GliodeError("resolvent: weights, but no stiffness that they are of")
         if w is not None and (w.device != b.device or w.dtype != b.dtype):
             raise GliodeError(f"conductances: {w.dtype} on {w.device}, the states {b.dtype} on {b.device}")
-        out: Tensor = _Solve.apply(b, w, torch.as_tensor(tau, dtype=b.dtype, device=b.device), self)
+        tau = torch.as_tensor(tau, dtype=b.dtype, device=b.device)
+        if w is not None and tau.ndim:
+            if tau.shape[-1] != 1:
+                raise GliodeError(f"tau: shape {tuple(tau.shape)}, expected a number or (batch, 1)")
+            try:
+                b = b.expand(torch.broadcast_shapes(b.shape, tau.shape))
+            except RuntimeError as error:
+                raise GliodeError(f"tau: {tuple(tau.shape)} for states {tuple(b.shape)}; {error}") from error
+        out: Tensor = _Solve.apply(b, w, tau, self)
         return out
 
     def product(self, w: Tensor, u: Tensor) -> Tensor:
@@ -139,12 +149,10 @@ class Resolvent:
                 return self.weigh(u).add_(tau * K(u))
 
         if not bool(torch.isfinite(diagonal).all()):
-            raise GliodeError("implicit solve: D or the time step is not finite")
+            raise Diverged("implicit solve: D or the time step is not finite")
         if not bool((diagonal > 0).all()):
-            raise GliodeError("implicit solve: the matrix is not positive; D is negative somewhere")
-        found, iterations = conjugate_gradients(
-            apply, b, 1.0 / diagonal, b / self.diagonal, self.rtol, self.most
-        )
+            raise Diverged("implicit solve: the matrix is not positive; D is negative somewhere")
+        found, iterations = conjugate_gradients(apply, b, 1.0 / diagonal, b / self.diagonal, self.rtol)
         self.solves, self.iterations = self.solves + 1, self.iterations + iterations
         return found
 
@@ -165,7 +173,7 @@ class _Solve(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         u, w, tau = ctx.saved_tensors
         adjoint = _Solve.apply(grads[0], w, tau, ctx.resolvent)
-        by_b = adjoint.sum_to_size(u.shape) if ctx.needs_input_grad[0] else None
+        by_b = adjoint if ctx.needs_input_grad[0] else None
         by_w = by_tau = None
         if w is not None and ctx.needs_input_grad[2]:
             by_tau = -(adjoint * ctx.resolvent.product(w, u)).sum(-1, keepdim=True).sum_to_size(tau.shape)

@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from solvers.errors import GliodeError
+from solvers.errors import Diverged, GliodeError
 from solvers.evolution import PointwiseStep, Strang
 from solvers.node.science.laws import require_courant
 from solvers.ode.integrate import integrate
@@ -118,8 +118,9 @@ class MicroMacro:
     def _check(self, dt: float, sigma: float) -> None:
         if (dt, sigma) == self._checked:
             return
-        if not sigma > 0:
-            raise GliodeError(f"sigma: {sigma:g} somewhere; scattering must be positive")
+        if not 0 < sigma < math.inf:
+            raise GliodeError(f"sigma: {sigma:g} somewhere; scattering must be positive and finite")
+        require_courant(dt, math.inf)  # a time at all
         if not self._stable(dt, sigma):
             require_courant(dt, self.largest_step(sigma))
         self._checked = (dt, sigma)
@@ -224,7 +225,7 @@ class BGK:
     def _relaxed(self, u: Tensor, dt: Tensor, tau: Tensor) -> Tensor:
         rho, velocity, pressure = self.macroscopic(u)
         if not bool((pressure.detach() > 0).all() and (rho.detach() > 0).all()):
-            raise GliodeError("BGK: a density or pressure is not positive; use more velocities or cells")
+            raise Diverged("BGK: a density or pressure is not positive; use more velocities or cells")
         M = self._maxwellian(rho, velocity, pressure / rho)
         return M + (u - M) * torch.exp(-dt / tau)
 

@@ -55,6 +55,15 @@ def _at(x: Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
 
 
+def _check(name: str, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Raise GliodeError for what C, which takes addresses alone, would misread."""
+    if tuple(x.shape) != shape or x.dtype != dtype or x.device.type != "cpu" or not x.is_contiguous():
+        raise GliodeError(
+            f"{name}: {x.dtype} on {x.device} of shape {tuple(x.shape)}, expected {dtype} on cpu of shape"
+            f" {shape}, contiguous; make it by Lanes.box, weights or numbers, of this dtype"
+        )
+
+
 class Lanes:
     """K(w) with the weights of D = sum_k theta_k field_k, and the lumped mass M, for chunks of tumours.
 
@@ -67,6 +76,8 @@ class Lanes:
     ) -> None:
         if mass.shape != (pairs.n,):
             raise GliodeError(f"mass: shape {tuple(mass.shape)}, expected ({pairs.n},)")
+        if any(x.device.type != "cpu" for x in (pairs.first, pairs.table, fields, mass)):
+            raise GliodeError("mass, fields, pairs: Lanes run on the CPU; move them, or take VoxelOperator")
         shares = pairs(fields)
         self.width, self.dtype, self.n = width(dtype), dtype, pairs.n
         self._library = _compiled(dtype, len(shares))
@@ -115,7 +126,9 @@ class Lanes:
         """A bound of the eigenvalues of M^-1 K(w), w >= 0, for each tumour (chunks, 1, width), 1/day
         (Gershgorin).
         """
-        return torch.stack([(self._sums @ x).amax(0, keepdim=True) for x in weights[0]])
+        (theta,) = weights
+        _check("weights", theta, (len(theta), self._shares.shape[1], self.width), self.dtype)
+        return torch.stack([(self._sums @ x).amax(0, keepdim=True) for x in theta])
 
     def advance(
         self,
@@ -129,10 +142,18 @@ class Lanes:
         spare: Tensor | None = None,
     ) -> Tensor:
         """g base + f a - t L a + h u for one chunk, in `spare`; see `batched.Operator`. Products only when
-        transposed.
+        transposed. Raises GliodeError for a dtype, device, shape or layout that is not that of `box`.
         """
         z = torch.empty_like(a) if spare is None else spare
         y, totals = products or (None, (None,))
+        state, terms = (self.n, self.width), (self._shares.shape[1], self.width)
+        for name, x, shape in (
+            *(("state", x, state) for x in (a, base, u, z, y)),
+            *(("weights", x, terms) for x in (*weights, *totals)),
+            ("coefficients", coefficients, (5, 1, self.width)),
+        ):
+            if x is not None:
+                _check(name, x, shape, self.dtype)
         scratch = torch.empty(self._rows, self.width, dtype=self.dtype)
         self._library.stage(
             transposed,
@@ -154,8 +175,20 @@ class Lanes:
 
 
 def logistic(u: Tensor, dt: Tensor, rho: Tensor) -> Tensor:
-    """The flow of u' = rho u (1 - u) on (chunks, n, width): u e / (1 + u (e - 1)) with e = exp(rho dt)."""
-    return _Logistic.apply(u, rho * dt)  # type: ignore[no-any-return]
+    """The flow of u' = rho u (1 - u) on (chunks, n, width): u e / (1 + u (e - 1)) with e = exp(rho dt).
+
+    rho dt: a number, or of a shape that broadcasts to (chunks, 1, width). Raises GliodeError for others, and
+    for states that are no chunks.
+    """
+    lanes, t, u = width(u.dtype), rho * dt, u.contiguous()
+    _check("state", u, (*u.shape[:2], lanes), u.dtype)
+    numbers = (len(u), 1, lanes)
+    # Torch's axes count from the last.
+    if t.ndim > 3 or any(k not in (1, m) for k, m in zip(t.shape[::-1], numbers[::-1], strict=False)):
+        raise GliodeError(f"rho dt: shape {tuple(t.shape)} does not broadcast to {numbers}, one per tumour")
+    t = t.expand(numbers).contiguous()
+    _check("rho dt", t, numbers, u.dtype)
+    return _Logistic.apply(u, t)  # type: ignore[no-any-return]
 
 
 class _Logistic(torch.autograd.Function):
@@ -165,7 +198,7 @@ class _Logistic(torch.autograd.Function):
     def forward(ctx: Any, u: Tensor, t: Tensor) -> Tensor:
         ctx.save_for_backward(u, t)
         ctx.save_for_forward(u, t)
-        u, growth, out = u.contiguous(), torch.expm1(t).contiguous(), torch.empty_like(u)
+        growth, out = torch.expm1(t), torch.empty_like(u)
         run = _compiled(u.dtype, 1).logistic
         for c in range(len(u)):
             run(u.shape[1], _at(growth[c]), _at(u[c]), _at(out[c]))
@@ -177,7 +210,7 @@ class _Logistic(torch.autograd.Function):
         if torch.is_grad_enabled() or is_dual(grads[0], u, t):
             by_u, by_t = _slopes(u, t)
             return grads[0] * by_u, (grads[0] * by_t).sum(1, keepdim=True)
-        u, growth, given = u.contiguous(), torch.expm1(t).contiguous(), grads[0].contiguous()
+        growth, given = torch.expm1(t), grads[0].contiguous()
         out, total = torch.empty_like(u), torch.zeros_like(growth)
         run = _compiled(u.dtype, 1).logistic_adjoint
         for c in range(len(u)):

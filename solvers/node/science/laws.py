@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from solvers.errors import GliodeError
+from solvers.errors import Diverged, GliodeError
 
 Components = Sequence[Any]
 
@@ -194,11 +194,20 @@ def courant(degree: int) -> float:
 
 
 def require_courant(dt: float, largest: float) -> None:
-    """Raise GliodeError unless dt is at most the largest stable step."""
-    if not dt <= largest * (1 + 1e-9):
-        if math.isnan(largest) or math.isnan(dt):
-            raise GliodeError("explicit step: the state is not finite; the run has already broken down")
-        raise GliodeError(
+    """Raise GliodeError unless 0 <= dt < infinity, Diverged unless it is at most the largest stable step.
+
+    largest: NaN (or 0) where the state has no speed.
+    """
+    if not 0 <= dt < math.inf:
+        raise GliodeError(f"explicit step: dt = {dt:.4g}; give a finite time, not negative")
+    if not largest > 0:
+        raise Diverged(
+            "explicit step: the state is not finite, or a density, depth or pressure is negative; "
+            "the run has already broken down"
+        )
+    if dt > largest * (1 + 1e-9):
+        times = math.ceil(min(100 * dt / largest, 1e15)) / 100
+        raise Diverged(
             f"explicit step: dt = {dt:.4g} violates the CFL condition; the largest stable step here is "
-            f"{largest:.4g}: take {math.ceil(100 * dt / largest) / 100:.2f} times as many steps"
+            f"{largest:.4g}: take {times:.2f} times as many steps"
         )

@@ -90,7 +90,7 @@ class _Sampled(torch.autograd.Function):
         ctx.save_for_backward(g, x)
         ctx.save_for_forward(g, x)
         G, X = _by_column(g.detach()), _by_column(x.detach())
-        size = max(1, _CHUNK // X.shape[1])
+        size = max(1, _CHUNK // max(1, X.shape[1]))
         parts = [
             (G[rows] * X[columns]).sum(1)
             for rows, columns in zip(A.rows.split(size), A.columns.long().split(size), strict=True)
@@ -225,7 +225,7 @@ class PairOperator:
 
     def conductances(self, D: Tensor) -> tuple[Tensor, ...]:
         """The weights of D (batch, cells), mm^2/day."""
-        return (self.pairs(D).T,)
+        return (self.pairs(D).T.contiguous(),)  # one memory, by which `BatchedFlow` knows them again
 
     def weights(self, theta: Tensor) -> tuple[Tensor, ...]:
         """The weights of theta (batch, K)."""

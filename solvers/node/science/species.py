@@ -191,16 +191,17 @@ class Species:
         if u.ndim < 2 or u.shape[-2] != count:
             names = ", ".join(self.reaction.species)
             raise GliodeError(f"u: shape {tuple(u.shape)}, expected (..., {count}, n) for {names}")
-        if u.numel() and float(u.detach().min()) < -1e-6:
-            raise GliodeError(f"u: {float(u.detach().min()):.3g} somewhere; densities are not negative")
+        least = float(u.detach().min()) if u.numel() else 0.0
+        if _anywhere(least < -1e-6, self.comm):
+            raise GliodeError(f"u: densities are not negative; the least on this rank is {least:.3g}")
         if set(rates) != set(self.reaction.parameters):
             raise GliodeError(f"rates: {sorted(rates)}, expected {sorted(self.reaction.parameters)}")
         found = []
         for name in self.reaction.parameters:
             value = torch.as_tensor(rates[name], dtype=u.dtype, device=u.device)
-            _not_negative(name, value)
+            _not_negative(name, value, self.comm)
             found.append(replicate(value, self.comm))
-        _not_negative("D", D)
+        _not_negative("D", D, self.comm)
         D = D[:, None] if D.ndim == 1 else D
         if D.shape[-2:] not in ((count, 1), (count, self.cells)):
             raise GliodeError(f"D: shape {tuple(D.shape)}, expected ({count},) or (..., {count}, cells)")
@@ -208,9 +209,21 @@ class Species:
         return self.conductances(everywhere.expand(*D.shape[:-1], self.cells)), found
 
 
-def _not_negative(name: str, value: Tensor) -> None:
-    if not bool((torch.isfinite(value) & (value >= 0)).all()):
-        raise GliodeError(f"{name}: {value.detach().reshape(-1)[:5].tolist()} must be finite, not negative")
+def _not_negative(name: str, value: Tensor, comm: Communicator | None) -> None:
+    bad = value.detach()[~(torch.isfinite(value) & (value >= 0))]
+    if _anywhere(len(bad) > 0, comm):
+        raise GliodeError(f"{name}: {bad[:5].tolist() or 'elsewhere'} must be finite, not negative")
+
+
+def _anywhere(bad: bool, comm: Communicator | None) -> bool:
+    """Whether it is so on any rank: all raise, or none."""
+    return bool(bad if comm is None else comm.allreduce(int(bad)))
+
+
+def _each(step: Callable[[Tensor, Tensor], Tensor], u: Tensor, w: Tensor) -> Tensor:
+    """step(u, w) of all species of a batch as one batch of states (states, n), with weights for each."""
+    w = w.expand(*u.shape[:-1], w.shape[-1]).reshape(-1, w.shape[-1])
+    return step(u.reshape(-1, u.shape[-1]), w).view(u.shape)
 
 
 def on_tensors(
@@ -224,8 +237,7 @@ def on_tensors(
     step = ImplicitDiffusion(Resolvent.of(problem), scheme)
 
     def diffusion(u: Tensor, dt: Tensor | float, w: Tensor) -> Tensor:
-        flat = w.expand(*u.shape[:-1], w.shape[-1]).reshape(-1, w.shape[-1])
-        return step(u.reshape(-1, u.shape[-1]), dt, flat).view(u.shape)
+        return _each(lambda states, weights: step(states, dt, weights), u, w)
 
     return Species(reaction, diffusion, pairs, pairs.n_cells, checkpoint=checkpoint)
 
@@ -234,8 +246,8 @@ class SpeciesField:
     """The semi-discrete system without splitting, f(t, u, D=..., **rates), u (..., species, n): for
     `ScienceActivated` and `integrate`.
 
-    D: (species,), mm^2/day, not negative; rates as for `Species`. Explicit schemes need steps below the
-    stability limit of the fastest diffusion.
+    D: (species,) or (..., species), mm^2/day, not negative; rates as for `Species`. Explicit schemes need
+    steps below the stability limit of the fastest diffusion.
     """
 
     def __init__(self, problem: SemiDiscrete, reaction: Reaction) -> None:
@@ -244,7 +256,10 @@ class SpeciesField:
         self._unit = pairs(pairs.table.new_ones(pairs.n_cells))
 
     def __call__(self, t: Tensor, u: Tensor, D: Tensor, **rates: Tensor) -> Tensor:
-        spread = self._diffusion(t, u, conductances=D[..., None] * self._unit)
+        def diffusion(states: Tensor, weights: Tensor) -> Tensor:
+            return self._diffusion(t, states, conductances=weights)
+
+        spread = _each(diffusion, u, D[..., None] * self._unit)
         return spread + self.reaction.rates(u, *(rates[name] for name in self.reaction.parameters))
 
 
