@@ -17,6 +17,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -88,7 +89,7 @@ class Perceptron(nn.Module):
             a[place[i,], :, i] = 1 / reach[i]
         a = torch.cat([((z - centre) / reach)[None], a[1:]])
         seconds = [(o, place[o]) for o in rows if len(o) == 2]
-        *hidden, last = self.layers
+        *hidden, last = cast(list[nn.Linear], list(self.layers))
         for layer in hidden:
             a = linear(a, layer.weight)
             v = torch.tanh(a[0] + layer.bias)

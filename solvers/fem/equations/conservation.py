@@ -126,8 +126,8 @@ class FemDG:
         variables = (_Variable(v), _Variable(u), *(_Variable(c) for c in constants))
         closed = mesh.geometry.dim > mesh.topology.dim
         normal = ufl.FacetNormal(mesh)
-        along = [arc(mesh)] if closed else list(np.eye(mesh.geometry.dim))
-        along = [a if closed else ufl.as_vector(a.tolist()) for a in along]
+        units = [[float(i == j) for j in range(mesh.geometry.dim)] for i in range(mesh.geometry.dim)]
+        along: list[Any] = [arc(mesh)] if closed else [ufl.as_vector(unit) for unit in units]
         meta = {"quadrature_degree": 2 * degree + 1}
         dx, dS, ds = (measure(domain=mesh, metadata=meta) for measure in (ufl.dx, ufl.dS, ufl.ds))
         parts, gradient = range(law.components), ufl.grad(v)

@@ -259,7 +259,7 @@ def interval(low: float, high: float, cells: int, degree: int, periodic: bool = 
     """[low, high] in equal cells. Raises GliodeError for an empty interval or less than 3 cells."""
     _require(low < high and cells >= 3, f"interval: {cells} cells of [{low}, {high}]")
     h = (high - low) / cells
-    origins = low + h * np.arange(cells)[:, None]
+    origins = low + h * np.arange(cells, dtype=np.float64)[:, None]
     return build(reference_box(degree, 1), origins, np.array([[[h]]]), [high - low] if periodic else ())
 
 
