@@ -23,6 +23,7 @@ from inverse.optimizers.iteration import Result
 from inverse.problem import InverseProblem, LeastSquares
 from inverse.regularizers.tikhonov import Tikhonov
 from inverse.stopping import Discrepancy, GradientTolerance, MaxIterations, Rule, State
+from scripts.benchmarks._measures import noisy
 from solvers.node.models import Node
 from solvers.node.science.activated import ScienceActivated, Unknown
 from solvers.node.science.variational import Path
@@ -32,7 +33,6 @@ from solvers.spaces import DepthSobolev, Euclidean
 
 F64 = torch.float64
 Array = NDArray[np.float64]
-NOISE = 0.01  # standard deviation over the data's largest value
 
 
 # ---- ill-posed --------------------------------------------------------------------------------------------
@@ -71,13 +71,6 @@ def minimised(problem: LeastSquares, start: Tensor, stopped: bool, grid: Tensor,
     stop = rules(stopped, problem.data_size)
     result = conjugate_gradients.minimise(problem, start, stopping=stop, callback=note)
     return Found(grid, truth, result.m, result, tuple(errors))
-
-
-def noisy(clean: Tensor, seed: int) -> tuple[Tensor, float]:
-    """Data with white noise, and its standard deviation."""
-    sd = NOISE * float(clean.abs().max())
-    generator = torch.Generator().manual_seed(seed)
-    return clean + sd * torch.randn(clean.shape, generator=generator, dtype=F64), sd
 
 
 def rules(stopped: bool, size: int) -> tuple[Rule, ...]:

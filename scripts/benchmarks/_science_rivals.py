@@ -20,6 +20,7 @@ from inverse.methods import Adam
 from inverse.optimizers import gauss_newton, newton_cg
 from inverse.problem import InverseProblem
 from inverse.stopping import GradientTolerance, MaxIterations
+from scripts.benchmarks._measures import relative
 from scripts.benchmarks.equation_rows.odes import STOPPING, Copies, Values
 from solvers.node.collocation import Field, scattered
 from solvers.node.models import Node
@@ -69,10 +70,6 @@ def columns(rows: Tensor, count: int) -> Callable[[Tensor], Tensor]:
     """z -> its first columns, one tensor for all `rows`: what a Field knows of its points is then kept."""
     kept = rows[:, :count].clone()
     return lambda z: kept if z is rows else z[:, :count]
-
-
-def relative(x: Tensor, exact: Tensor) -> float:
-    return float((x - exact).norm() / exact.norm())
 
 
 def worst(estimates: Mapping[str, float], truths: Mapping[str, float]) -> float:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from scripts.benchmarks import Check
+from scripts.benchmarks._measures import relative
 from solvers.node.science.cohort import Cohort
 from solvers.node.science.voxels import VoxelOperator
 from solvers.operators import mixture, monomials
@@ -60,10 +61,6 @@ def seconds(run: Callable[[], Any]) -> float:
     start = time.process_time()
     run()
     return time.process_time() - start
-
-
-def relative(found: Tensor, expected: Tensor) -> float:
-    return float((found - expected).norm() / expected.norm())
 
 
 # ---- On the CPU -------------------------------------------------------------------------------------------

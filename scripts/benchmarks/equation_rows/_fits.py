@@ -1,4 +1,4 @@
-"""Parameters found again from noisy data, for the rows, by Gauss-Newton; distances."""
+"""Parameters found again from noisy data, for the rows, by Gauss-Newton."""
 
 from __future__ import annotations
 
@@ -10,19 +10,12 @@ from torch import Tensor
 from inverse.optimizers import gauss_newton
 from inverse.problem import LeastSquares
 from inverse.stopping import GradientTolerance, MaxIterations, StepTolerance
+from scripts.benchmarks._measures import noisy
 from solvers.spaces import Euclidean, Space
 
 SEEDS = (1, 2, 3)
-NOISE = 0.01
 STOPPING = (GradientTolerance(1e-4), StepTolerance(1e-4), MaxIterations(20))
 Found = dict[str, tuple[float, list[float]]]
-
-
-def noisy(clean: Tensor, seed: int) -> tuple[Tensor, float]:
-    """The data with Gaussian noise of 1 % of their largest value, and its standard deviation."""
-    sd = NOISE * float(clean.abs().max())
-    generator = torch.Generator().manual_seed(seed)
-    return clean + sd * torch.randn(clean.shape, generator=generator, dtype=clean.dtype), sd
 
 
 def estimates(
@@ -46,8 +39,3 @@ def fits(
     guess = torch.tensor([start[name] for name in truth], dtype=torch.float64).log()
     found = estimates(Euclidean(len(truth)), lambda m: forward(m.exp()), clean, guess)
     return {name: (truth[name], [float(m[k].exp()) for m in found]) for k, name in enumerate(truth)}
-
-
-def relative(found: Tensor, exact: Tensor) -> float:
-    """The relative distance in the Euclidean norm."""
-    return float((found - exact).norm() / exact.norm())

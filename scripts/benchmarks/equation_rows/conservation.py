@@ -13,8 +13,9 @@ from torch import Tensor
 from inverse.optimizers import conjugate_gradients
 from inverse.problem import LeastSquares
 from inverse.stopping import Discrepancy, MaxIterations
+from scripts.benchmarks._measures import noisy, relative
 from scripts.benchmarks.equation_rows import Row
-from scripts.benchmarks.equation_rows._fits import SEEDS, fits, noisy, relative
+from scripts.benchmarks.equation_rows._fits import SEEDS, fits
 from solvers.evolution import Evolution
 from solvers.fem.equations.conservation import FemDG, rectangle
 from solvers.node.science import elements, riemann

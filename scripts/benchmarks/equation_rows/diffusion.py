@@ -16,8 +16,9 @@ from inverse.choice import SpectralTikhonov, discrepancy
 from inverse.optimizers import conjugate_gradients
 from inverse.problem import LeastSquares
 from inverse.stopping import Discrepancy, MaxIterations
+from scripts.benchmarks._measures import noisy
 from scripts.benchmarks.equation_rows import Row
-from scripts.benchmarks.equation_rows._fits import SEEDS, fits, noisy
+from scripts.benchmarks.equation_rows._fits import SEEDS, fits
 from solvers.evolution import Evolution
 from solvers.fem.diffusion import DiffusionStep
 from solvers.fem.equations.heat import Cosines

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
+from scripts.benchmarks._measures import relative
 from scripts.benchmarks.equation_rows import Row
-from scripts.benchmarks.equation_rows._fits import estimates, relative
+from scripts.benchmarks.equation_rows._fits import estimates
 from scripts.benchmarks.equation_rows.flow import parabola
 from solvers.fem.equations.cylinder import HEIGHT, at_inflow, cylinder_channel, not_outflow
 from solvers.fem.equations.navier_stokes import midpoint_step, steady

@@ -22,8 +22,9 @@ from inverse.optimizers import gauss_newton
 from inverse.problem import LeastSquares
 from inverse.sensitivity import directional
 from inverse.stopping import MaxIterations, StepTolerance
+from scripts.benchmarks._measures import NOISE
 from scripts.benchmarks.equation_rows import Row
-from scripts.benchmarks.equation_rows._fits import NOISE, SEEDS
+from scripts.benchmarks.equation_rows._fits import SEEDS
 from solvers.node.science.activated import ScienceActivated, Unknown
 from solvers.node.science.systems import SYSTEMS, System
 from solvers.node.weights import Parameters

@@ -13,8 +13,9 @@ from dolfinx.fem import Constant, Function, functionspace
 from mpi4py import MPI
 from torch import Tensor
 
+from scripts.benchmarks._measures import relative
 from scripts.benchmarks.equation_rows import Row
-from scripts.benchmarks.equation_rows._fits import fits, relative
+from scripts.benchmarks.equation_rows._fits import fits
 from solvers.fem.equations.stationary import Stationary, elasticity, poisson, zero
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
@@ -24,6 +25,23 @@ def rows(full: bool) -> list[Row]:
     """The rows of this module."""
     torch.set_num_threads(1)
     return [heat_conduction(), tube()]
+
+
+def on_meshes(
+    model: Callable[[int], tuple[Stationary, Array]],
+    closed_form: Callable[[float, float, Array], Tensor],
+    meshes: tuple[int, int],
+    truth: dict[str, float],
+) -> tuple[list[float], Stationary, Tensor]:
+    """The relative errors on two meshes; the solver on the second, and the closed form at its dofs."""
+    errors = []
+    for n in meshes:
+        solve, points = model(n)
+        first, second = truth.values()
+        exact = closed_form(first, second, points)
+        with torch.no_grad():
+            errors.append(relative(solve(first, second), exact))
+    return errors, solve, exact
 
 
 # ---- Poisson --------------------------------------------------------------------------------------------
@@ -56,12 +74,7 @@ def conduction_exact(k: float, a: float, points: Array) -> Tensor:
 
 def heat_conduction() -> Row:
     truth = {"conductivity": 0.7, "source": 5.0}
-    errors = []
-    for n in (8, 16):
-        solve, points = conduction(n)
-        exact = conduction_exact(0.7, 5.0, points)
-        with torch.no_grad():
-            errors.append(relative(solve(*truth.values()), exact))
+    errors, solve, exact = on_meshes(conduction, conduction_exact, (8, 16), truth)
     start = dict.fromkeys(truth, 1.0)
     return Row(
         "Poisson",
@@ -116,12 +129,7 @@ def tube_exact(young: float, ratio: float, points: Array) -> Tensor:
 
 def tube() -> Row:
     truth = {"Young's modulus": 2.0, "Poisson's ratio": 0.3}
-    errors = []
-    for n in (4, 8):
-        solve, points = tube_model(n)
-        exact = tube_exact(2.0, 0.3, points)
-        with torch.no_grad():
-            errors.append(relative(solve(*truth.values()), exact))
+    errors, solve, exact = on_meshes(tube_model, tube_exact, (4, 8), truth)
     start = {"Young's modulus": 1.0, "Poisson's ratio": 0.2}
     return Row(
         "elastic tube in 3-D",

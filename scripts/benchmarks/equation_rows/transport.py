@@ -12,8 +12,9 @@ from mpi4py import MPI
 from numpy.typing import NDArray
 from torch import Tensor
 
+from scripts.benchmarks._measures import relative
 from scripts.benchmarks.equation_rows import Row
-from scripts.benchmarks.equation_rows._fits import fits, relative
+from scripts.benchmarks.equation_rows._fits import fits
 from solvers.evolution import Evolution
 from solvers.fem.equations.advection import Transport
 from solvers.fem.mesh import from_mesh, interval

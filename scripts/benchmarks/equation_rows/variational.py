@@ -21,8 +21,9 @@ from inverse.optimizers import conjugate_gradients, tao
 from inverse.optimizers.iteration import Result
 from inverse.problem import InverseProblem
 from inverse.stopping import GradientTolerance, MaxIterations
+from scripts.benchmarks._measures import noisy
 from scripts.benchmarks.equation_rows import Row
-from scripts.benchmarks.equation_rows._fits import SEEDS, noisy
+from scripts.benchmarks.equation_rows._fits import SEEDS
 from scripts.variational_studies import TRUTH, collocated, potentials, screening
 from solvers.fem.equations.variational import Descent, Energy, sector
 from solvers.fem.mesh import from_mesh
