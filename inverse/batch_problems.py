@@ -44,8 +44,11 @@ def _number(*path: int) -> int:
     return int(np.random.SeedSequence(path).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
-def require_fit(model: nn.Module, loss: Loss, data: Data, name: str) -> None:
-    """Raise GliodeError, naming the data, unless the model takes the inputs and the loss what it returns."""
+def require_fit(model: nn.Module, loss: Loss, data: Data, name: str) -> tuple[int, ...]:
+    """The shape of what the model returns for one input.
+
+    Raises GliodeError, naming the data, unless the model takes the inputs and the loss what it returns.
+    """
     inputs, labels = data
     own = next(model.parameters())
     if len(inputs) == 0 or len(labels) != len(inputs):
@@ -65,7 +68,8 @@ def require_fit(model: nn.Module, loss: Loss, data: Data, name: str) -> None:
         few = model(inputs[:2])
     model.train(training)
     loss.require_fit(few, labels[:2])
-    loss.require_fit(few.new_zeros(len(labels), loss.scores), labels)
+    loss.require_fit(few.new_zeros(len(labels), *few.shape[1:]), labels)
+    return tuple(few.shape[1:])
 
 
 def digest(data: Data) -> str:
@@ -98,7 +102,7 @@ class BatchProblems:
         if seed < 0:
             raise GliodeError(f"train: the seed must not be negative, got {seed}")
         self.parameters = Parameters(model, length)
-        require_fit(model, loss, data, "data")
+        self._output = require_fit(model, loss, data, "data")
         self.regularizer = Tikhonov(self.parameters.space, decay) if decay else None
         self.model, self.loss, self.data, self.batch, self.seed = model, loss, data, batch, seed
         self.count = len(batches(len(data[0]), batch, seed, 0))
@@ -126,7 +130,7 @@ class BatchProblems:
         residual: Callable[[Tensor, Tensor], Tensor] | None = getattr(loss, "residual", None)
         if residual is None:
             return Composite(space, scores, lambda s: loss(s, labels), self.regularizer)
-        nothing = torch.zeros_like(residual(inputs.new_zeros(len(labels), loss.scores), labels))
+        nothing = torch.zeros_like(residual(inputs.new_zeros(len(labels), *self._output), labels))
         sd = math.sqrt(len(labels))
         return LeastSquares(space, lambda m: residual(scores(m), labels), nothing, sd, self.regularizer)
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from inverse.losses import Loss
+from inverse.losses import Mean
 from inverse.methods import Adam, Method, QuasiNewton
 from inverse.optimizers.iteration import NonFiniteError
 from inverse.training import Training, train
@@ -98,16 +98,6 @@ class _Rows(nn.Module):
         return cost.sum(1, keepdim=True) * (term.weight * self.total / len(term.points))
 
 
-class _Mean(Loss):
-    """The mean of what the rows add."""
-
-    def __init__(self) -> None:
-        super().__init__(1)
-
-    def __call__(self, scores: Tensor, labels: Tensor) -> Tensor:
-        return scores.mean()
-
-
 def fit(
     model: nn.Module,
     terms: Sequence[Term],
@@ -151,7 +141,7 @@ def fit(
     def phase(method: Method, epochs: int, batch: int | None, part: float) -> Training:
         left = None if seconds is None else max(begin + part * seconds - time.process_time(), 1e-9)
         options: dict[str, Any] = {"seed": seed, "progress": progress, "max_seconds": left}
-        found = train(rows, _Mean(), (numbers, labels), method, epochs=epochs, batch=batch, **options)
+        found = train(rows, Mean(), (numbers, labels), method, epochs=epochs, batch=batch, **options)
         if found.stopped_by == "NonFinite":
             raise NonFiniteError(f"fit: {found.note}")
         if found.stopped_by == "interrupted":

@@ -1,8 +1,15 @@
-r"""Losses of a classifier's scores s (n, C) for labels (n,): means over the n inputs.
+r"""Losses of what a model returns for n inputs: means over them.
+
+Of a classifier's scores s (n, C) for labels (n,):
 
     SquaredLoss     1/(2n) sum_i |h(s_i) - y_i|^2,    h the identity or the sigmoid, y one-hot: off or on
     CrossEntropy    -1/n sum_i log p_i,    p = softmax(s) at the label
     both            + magnitude/2 1/n sum_i |s_i|^2, which keeps scores small
+
+Of fields x (n, ...), images or states, for targets y of the same shape, and of costs:
+
+    SquaredError    1/(2n) sum_i |x_i - y_i|^2
+    Mean            1/n sum_i c_i,    of a model that returns its costs (n, 1) itself
 
 C = 1 is the case of two classes told apart by one score: y is `on` for label 1 and `off` for label 0, p the
 sigmoid of s or of -s. The penalty of the weights is a regularizer (inverse.regularizers.tikhonov).
@@ -21,10 +28,75 @@ from solvers.errors import GliodeError
 
 
 class Loss(ABC):
-    """loss(scores, labels) -> a 0-d tensor on the tape, twice differentiable.
+    """loss(outputs, targets) -> a 0-d tensor on the tape, twice differentiable.
+
+    A loss that is half the mean square of a residual has `residual(outputs, targets)` too. figure: the name
+    of what `measure` returns.
+    """
+
+    figure: str
+
+    @abstractmethod
+    def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """The mean over the batch."""
+
+    @abstractmethod
+    def measure(self, outputs: Tensor, targets: Tensor) -> float:
+        """What a user wants to know of the outputs beside the loss."""
+
+    @abstractmethod
+    def require_fit(self, outputs: Tensor, targets: Tensor | None = None) -> None:
+        """Raise GliodeError unless the outputs, and the targets where given, are such as the loss takes."""
+
+
+class SquaredError(Loss):
+    """1/(2n) sum_i |x_i - y_i|^2 of fields; its figure is the relative error ||x - y|| / ||y|| of all."""
+
+    figure = "relative_error"
+
+    def residual(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """x - y, on the tape."""
+        self.require_fit(outputs, targets)
+        return outputs - targets
+
+    def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return self.residual(outputs, targets).square().sum() / (2 * len(outputs))
+
+    def measure(self, outputs: Tensor, targets: Tensor) -> float:
+        return float((outputs - targets).norm() / targets.norm())
+
+    def require_fit(self, outputs: Tensor, targets: Tensor | None = None) -> None:
+        if targets is not None and (outputs.shape, outputs.dtype) != (targets.shape, targets.dtype):
+            raise GliodeError(
+                f"targets: {targets.dtype} of shape {tuple(targets.shape)}, the model returns "
+                f"{outputs.dtype} of shape {tuple(outputs.shape)}; give one such for each input"
+            )
+
+
+class Mean(Loss):
+    """1/n sum_i c_i: the model returns the cost of each input (n, 1); the targets say nothing."""
+
+    figure = "mean"
+
+    def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        self.require_fit(outputs)
+        return outputs.mean()
+
+    def measure(self, outputs: Tensor, targets: Tensor) -> float:
+        return float(outputs.mean())
+
+    def require_fit(self, outputs: Tensor, targets: Tensor | None = None) -> None:
+        if outputs.ndim != 2 or outputs.shape[1] != 1:
+            raise GliodeError(f"model: costs of shape {tuple(outputs.shape)}; return (n, 1)")
+
+
+class ClassLoss(Loss):
+    """Of scores (n, C) for labels (n,) of integers; its figure is the accuracy, in [0, 1].
 
     scores: C, the number of scores, 1 for two classes; magnitude >= 0: weight of the scores' own size.
     """
+
+    figure = "accuracy"
 
     def __init__(self, scores: int, magnitude: float = 0.0) -> None:
         if scores < 1:
@@ -37,21 +109,18 @@ class Loss(ABC):
     def classes(self) -> int:
         return max(self.scores, 2)
 
-    @abstractmethod
-    def __call__(self, scores: Tensor, labels: Tensor) -> Tensor:
-        """The mean over the batch: scores (n, C), labels (n,) of integers."""
-
     def predict(self, scores: Tensor) -> Tensor:
         """The label (n,) of each row of scores."""
         self.require_fit(scores)
         return scores.argmax(1) if self.scores > 1 else (scores[:, 0] > self.threshold()).long()
 
-    def accuracy(self, scores: Tensor, labels: Tensor) -> float:
-        """The share of labels that are right, in [0, 1]."""
-        return float((self.predict(scores) == labels).double().mean())
+    def measure(self, outputs: Tensor, targets: Tensor) -> float:
+        """The share of labels that are right."""
+        return float((self.predict(outputs) == targets).double().mean())
 
-    def require_fit(self, scores: Tensor, labels: Tensor | None = None) -> None:
+    def require_fit(self, outputs: Tensor, targets: Tensor | None = None) -> None:
         """Raise GliodeError unless scores are (n, C), and the labels, where given, (n,) and of C classes."""
+        scores, labels = outputs, targets
         if scores.ndim != 2 or scores.shape[1] != self.scores:
             raise GliodeError(
                 f"model: it returned scores of shape {tuple(scores.shape)}, the loss wants (n, "
@@ -75,7 +144,7 @@ class Loss(ABC):
         return 0.0
 
 
-class SquaredLoss(Loss):
+class SquaredLoss(ClassLoss):
     """Least squares to one-hot targets of values `off` < `on`.
 
     hypothesis: "sigmoid" compares sigmoid(s), None the scores themselves.
@@ -113,21 +182,23 @@ class SquaredLoss(Loss):
         r = value - self.targets(labels, scores.detach())
         return r if not self.magnitude else torch.cat([r, math.sqrt(self.magnitude) * scores], 1)
 
-    def __call__(self, scores: Tensor, labels: Tensor) -> Tensor:
-        return self.residual(scores, labels).square().sum() / (2 * len(scores))
+    def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return self.residual(outputs, targets).square().sum() / (2 * len(outputs))
 
     def threshold(self) -> float:
         middle = (self.off + self.on) / 2
         return middle if self.hypothesis is None else math.log(middle / (1 - middle))
 
 
-class CrossEntropy(Loss):
+class CrossEntropy(ClassLoss):
     """Minus the logarithm of the probability that the scores give to the label."""
 
-    def __call__(self, scores: Tensor, labels: Tensor) -> Tensor:
-        self.require_fit(scores)
+    def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        self.require_fit(outputs)
         if self.scores > 1:
-            loss = functional.cross_entropy(scores, labels)
+            loss = functional.cross_entropy(outputs, targets)
         else:
-            loss = functional.binary_cross_entropy_with_logits(scores[:, 0], labels.to(scores))
-        return loss if not self.magnitude else loss + self.magnitude / 2 * scores.square().sum() / len(scores)
+            loss = functional.binary_cross_entropy_with_logits(outputs[:, 0], targets.to(outputs))
+        if not self.magnitude:
+            return loss
+        return loss + self.magnitude / 2 * outputs.square().sum() / len(outputs)

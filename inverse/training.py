@@ -36,8 +36,9 @@ class Training:
     """What `train` returns; the model holds the weights kept, in evaluation mode.
 
     history: an entry an epoch: `epoch`, `objective` (the mean over its batches of J before each was visited),
-    validation_loss and validation_accuracy where there are such data, and what was spent so far: `forward`,
-    `adjoint` (gradients) and `tangent` solves, `seconds` of the process in training alone. stopped_by:
+    validation_loss and validation_accuracy (or the loss's own figure) where there are such data, and what was
+    spent so far: `forward`, `adjoint` (gradients) and `tangent` solves, `seconds` of the process in training
+    alone. stopped_by:
     "epochs", "max_gradients", "max_seconds", "patience", "NonFinite", "interrupted", or on the full batch the
     optimizer's own reason ("GradientTolerance", "LineSearch", "StationaryPoint"); note: a sentence about it.
     kept_epoch: whose weights are kept, the last's or the best's.
@@ -73,7 +74,9 @@ def train(
     key: str = "",
     progress: bool = False,
 ) -> Training:
-    """Train the model on data (inputs (n, ...), labels (n,)), in its own arithmetic and on its own device.
+    """Train the model on data, in its own arithmetic and on its own device.
+
+    data: inputs (n, ...) and a label or target for each, as the loss takes them (inverse.losses).
 
     method: ConjugateGradients() unless given. batch: inputs a mini-batch (or a few more, so that all are
     used and no batch is small); None: all, and the method's memory goes on from epoch to epoch. length: the
@@ -121,13 +124,15 @@ def train(
 
 
 def evaluate(model: nn.Module, loss: Loss, data: Data, chunk: int = 4096) -> tuple[float, float]:
-    """The loss and the accuracy on data, in evaluation mode and off the tape, `chunk` inputs at a time."""
+    """The loss and its figure (`Loss.measure`: of a classifier the accuracy) on data, in evaluation mode and off
+    the tape, `chunk` inputs at a time.
+    """
     inputs, labels = data
     training = model.training
     model.eval()
     with torch.no_grad():
         scores = torch.cat([model(part) for part in inputs.split(chunk)])
-        found = float(loss(scores, labels)), loss.accuracy(scores, labels)
+        found = float(loss(scores, labels)), loss.measure(scores, labels)
     model.train(training)
     return found
 
@@ -236,8 +241,8 @@ class _Run:
     def _note(self, epoch: int, objective: float, log: Log) -> None:
         entry: Entry = {"epoch": epoch, "objective": objective}
         if self.validation is not None:
-            loss, accuracy = evaluate(self.model, self.problems.loss, self.validation)
-            entry |= {"validation_loss": loss, "validation_accuracy": accuracy}
+            loss, figure = evaluate(self.model, self.problems.loss, self.validation)
+            entry |= {"validation_loss": loss, f"validation_{self.problems.loss.figure}": figure}
         self.history.append({**entry, **self.counts, "seconds": self.seconds})
         log.epoch(self.history[-1])
         criterion = entry.get("validation_loss", objective)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from inverse.losses import Loss
+from inverse.losses import ClassLoss
 from solvers.node.models import Node
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ def draw(
     folder: Path,
     title: str,
     model: nn.Sequential,
-    loss: Loss,
+    loss: ClassLoss,
     test: tuple[Tensor, Tensor],
     history: list[Any],
 ) -> list[Path]:
@@ -79,14 +79,14 @@ def curves(title: str, history: Sequence[dict[str, float]]) -> Any:
     return figure
 
 
-def prediction(title: str, model: nn.Module, loss: Loss, inputs: Tensor, labels: Tensor) -> Any:
+def prediction(title: str, model: nn.Module, loss: ClassLoss, inputs: Tensor, labels: Tensor) -> Any:
     """How sure the network is of label 1 over the plane, and test points."""
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(5.2, 4.6), layout="constrained")
     _plane(axes, model, loss, inputs)
     _scatter(axes, inputs, labels)
-    right = loss.accuracy(_outputs(model, inputs), labels)
+    right = loss.measure(_outputs(model, inputs), labels)
     axes.set(
         title=f"{title}: {100 * right:.1f} % of {len(labels)} test points", xlabel="$x_1$", ylabel="$x_2$"
     )
@@ -94,7 +94,7 @@ def prediction(title: str, model: nn.Module, loss: Loss, inputs: Tensor, labels:
     return figure
 
 
-def states(title: str, model: nn.Sequential, loss: Loss, inputs: Tensor, labels: Tensor) -> Any:
+def states(title: str, model: nn.Sequential, loss: ClassLoss, inputs: Tensor, labels: Tensor) -> Any:
     """The first two components of the test points' states at the start, on the way, and at the end.
 
     Where the state is a plane, the end also shows what the classifier makes of it.
@@ -142,13 +142,13 @@ def _outputs(module: nn.Module, inputs: Tensor) -> Tensor:
     return out
 
 
-def _certainty(loss: Loss, scores: Tensor) -> Tensor:
+def _certainty(loss: ClassLoss, scores: Tensor) -> Tensor:
     """How far the scores are on the side of label 1, in (-1, 1)."""
     margin = scores[:, 1] - scores[:, 0] if loss.scores > 1 else scores[:, 0] - loss.threshold()
     return torch.tanh(margin / margin.abs().median())
 
 
-def _plane(axes: Axes, module: nn.Module, loss: Loss, points: Tensor) -> None:
+def _plane(axes: Axes, module: nn.Module, loss: ClassLoss, points: Tensor) -> None:
     """What a map of the plane to scores says around some points, and where it changes its mind."""
     from matplotlib.colors import LinearSegmentedColormap
 

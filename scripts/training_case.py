@@ -213,7 +213,7 @@ def _block(section: Model, dim: int) -> nn.Module:
     return models.Node(field, section.duration, section.steps, scheme, learned=learned, noise=noise)
 
 
-def loss_of(section: Loss, scores: int) -> losses.Loss:
+def loss_of(section: Loss, scores: int) -> losses.ClassLoss:
     """The loss of a section."""
     if isinstance(section, Squared):
         off, on = section.targets

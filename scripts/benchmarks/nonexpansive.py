@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from inverse.datasets import Digits, digits
-from inverse.losses import Loss
+from inverse.losses import ClassLoss
 from inverse.methods import Adam
 from inverse.sensitivity import certified_radius, cross_entropy, pgd
 from inverse.training import train
@@ -46,7 +46,7 @@ def margins(scores: Tensor, labels: Tensor) -> Tensor:
     return scores.gather(1, labels[:, None])[:, 0] - others.amax(1)
 
 
-class Margins(Loss):
+class Margins(ClassLoss):
     """Cross-entropy of `sharpness` s, plus `weight` times the share of margins below `target`, made smooth by
     a sigmoid of width `softness`.
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from inverse.losses import CrossEntropy, Loss, SquaredLoss
+from inverse.losses import ClassLoss, CrossEntropy, Mean, SquaredError, SquaredLoss
 from solvers.errors import GliodeError
 
 LABELS = torch.tensor([0, 2, 1, 2, 0])
@@ -40,7 +40,7 @@ def half_square(r: Array) -> float:
     return float((r**2).sum()) / 10
 
 
-CASES: dict[str, tuple[Loss, Tensor, Callable[[Array], float]]] = {
+CASES: dict[str, tuple[ClassLoss, Tensor, Callable[[Array], float]]] = {
     "one-hot": (SquaredLoss(3), LABELS, lambda s: half_square(s - one_hot(LABELS, 0, 1))),
     "modified": (SquaredLoss(3, -1, 1), LABELS, lambda s: half_square(s - one_hot(LABELS, -1, 1))),
     "sigmoids": (
@@ -100,7 +100,7 @@ def test_predictions_are_the_nearest_targets() -> None:
     labels = torch.tensor([1, 0, 2, 2])
     for loss in (SquaredLoss(3), CrossEntropy(3)):
         assert loss.predict(s).tolist() == [1, 0, 1, 2]
-        assert loss.accuracy(s, labels) == 0.75
+        assert loss.measure(s, labels) == 0.75
     one = torch.tensor([[-0.6], [-0.1], [0.4], [0.6]])
     assert CrossEntropy(1).predict(one).tolist() == [0, 0, 1, 1]
     for off, on, hypothesis in ((0, 1, None), (-1, 1, None), (0, 1, "sigmoid"), (0.2, 1.0, "sigmoid")):
@@ -126,3 +126,18 @@ def test_predictions_are_the_nearest_targets() -> None:
 def test_what_does_not_fit_is_refused(make: Callable[[], object], words: str) -> None:
     with pytest.raises(GliodeError, match=words):
         make()
+
+
+def test_of_fields_and_of_costs() -> None:
+    generator = torch.Generator().manual_seed(4)
+    x, y = (torch.randn(3, 2, 5, generator=generator, dtype=torch.float64) for _ in range(2))
+    apart = x.numpy() - y.numpy()
+    assert float(SquaredError()(x, y)) == pytest.approx(float((apart**2).sum()) / 6)
+    assert SquaredError().measure(x, y) == pytest.approx(
+        float(np.linalg.norm(apart) / np.linalg.norm(y.numpy()))
+    )
+    assert float(Mean()(x[:, 0, :1], y)) == pytest.approx(float(x.numpy()[:, 0, 0].mean()))
+    with pytest.raises(GliodeError, match="one such for each input"):
+        SquaredError()(x, y[:, 0])
+    with pytest.raises(GliodeError, match="return \\(n, 1\\)"):
+        Mean()(x[:, 0], y)
