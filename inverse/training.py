@@ -124,8 +124,8 @@ def train(
 
 
 def evaluate(model: nn.Module, loss: Loss, data: Data, chunk: int = 4096) -> tuple[float, float]:
-    """The loss and its figure (`Loss.measure`: of a classifier the accuracy) on data, in evaluation mode and off
-    the tape, `chunk` inputs at a time.
+    """The loss and its figure (of a classifier the accuracy) on data, in evaluation mode and off the tape,
+    `chunk` inputs at a time.
     """
     inputs, labels = data
     training = model.training

@@ -2,8 +2,8 @@ r"""Bilevel training: the weights that make the solutions of the regularized pro
 
     min_theta sum_i loss(m_i(theta), truth_i),    m_i(theta) = argmin_m misfit_i(m) + R_theta(m)
 
-`Bilevel` is the model theta -> m: inputs (batch, ...) go in, minimisers come out; `inverse.training.train` does
-the rest. At a minimiser J'(m, theta) = 0, and by the implicit function theorem
+`Bilevel` is the model theta -> m: inputs (batch, ...) go in, minimisers come out;
+`inverse.training.train` does the rest. At a minimiser J'(m, theta) = 0, and by the implicit function theorem
 
     dm/dtheta = -H^-1 d/dtheta R'_theta(m),    H = J''(m),
 
