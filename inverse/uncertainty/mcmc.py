@@ -69,7 +69,8 @@ def pcn(
     """Preconditioned Crank-Nicolson: one forward solve a step.
 
     problem: its misfit is Phi; its regularizer is not used, the prior says what it is. reference: a Laplace
-    posterior (None: the prior). start: of all chains (None: each chain draws from the reference). keep:
+    posterior (None: the prior). start: of all chains, or (chains, ...) one of each (None: each draws from the
+    reference). keep:
     what is kept of a point, such as some entries of a large field (None: all of it). checkpoint: a file,
     written every minute, at the end and when something goes wrong; the same call then goes on from it, also
     with more draws (under MPI one file a rank). A KeyboardInterrupt ends the run with what was drawn. A
@@ -148,13 +149,19 @@ class _Sampler:
         self.path = None if checkpoint is None else Path(checkpoint)
         if self.path is not None and self.comm is not None:
             self.path = self.path.with_name(f"{self.path.stem}.{self.comm.rank}{self.path.suffix}")
+        starts: list[Tensor | None] = [None] * self.plan.chains
         if start is not None:
-            start = self.misfit.start(start)
+            each = (
+                start if start.ndim > len(prior.space.shape) else start.expand(self.plan.chains, *start.shape)
+            )
+            if len(each) != self.plan.chains:
+                raise GliodeError(f"{method}: {len(each)} starts for {self.plan.chains} chains")
+            starts = [self.misfit.start(one) for one in each]
         self.samples: list[list[Tensor]] = [[] for _ in range(self.plan.chains)]
         chains = range(self.plan.chains)
         self.state = self._restored() or _State(
             0,
-            [self._start(chain, start) for chain in chains],
+            [self._start(chain, starts[chain]) for chain in chains],
             self.plan.step,
             [0 for _ in chains],
         )
