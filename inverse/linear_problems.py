@@ -6,8 +6,9 @@ r"""Linear maps that are ill-posed to invert: blur, projections, diffusion, pict
     inpainting      the pixels that a mask shows
     downsampling    means of boxes of pixels
 
-Each returns a LinearMap of float64 tensors, which is on the tape to any order and in both modes, with its
-exact adjoint (of the sums of products; a Space's Riesz map makes a direction of it).
+Each returns a LinearMap of float64 or float32 tensors and batches of them, which is on the tape to any order
+and in both modes, with its exact adjoint (of the sums of products; a Space's Riesz map makes a direction of
+it).
 """
 
 from __future__ import annotations
@@ -44,24 +45,29 @@ class _Apply(Function):
 
 
 class LinearMap:
-    """A from tensors of `shape` to tensors of `data_shape`; `adjoint` is A^T. Flat points are taken too."""
+    """A from tensors (..., *shape) to (..., *data_shape); `adjoint` is A^T. Flat points are taken too.
+
+    operator, adjoint: act on the trailing axes, and leave the dtype as it is.
+    """
 
     def __init__(self, shape: Shape, data_shape: Shape, operator: Operator, adjoint: Operator) -> None:
         self.shape, self.data_shape = tuple(shape), tuple(data_shape)
         self._operator, self._adjoint = operator, adjoint
 
     def __call__(self, x: Tensor) -> Tensor:
-        """A x; x of `shape`, or flat."""
+        """A x; x (..., *shape), or flat."""
         out: Tensor = _Apply.apply(_shaped(x, self.shape, "x"), self._operator, self._adjoint)
         return out
 
     def adjoint(self, y: Tensor) -> Tensor:
-        """A^T y; y of `data_shape`, or flat."""
+        """A^T y; y (..., *data_shape), or flat."""
         out: Tensor = _Apply.apply(_shaped(y, self.data_shape, "y"), self._adjoint, self._operator)
         return out
 
 
 def _shaped(x: Tensor, shape: tuple[int, ...], what: str) -> Tensor:
+    if x.ndim > len(shape) and x.shape[x.ndim - len(shape) :] == shape:
+        return x
     if x.numel() != math.prod(shape):
         raise GliodeError(f"LinearMap: {what} has shape {tuple(x.shape)}, this map takes {shape}")
     return x.reshape(shape)
@@ -74,18 +80,24 @@ def convolution(shape: Shape, kernel: Tensor) -> LinearMap:
             f"convolution: the kernel has shape {tuple(kernel.shape)}; give {len(shape)} axes of odd length"
         )
     padded = [n + size - 1 for n, size in zip(shape, kernel.shape, strict=True)]
-    axes = tuple(range(len(padded)))
+    axes = tuple(range(-len(padded), 0))
     k = torch.fft.rfftn(kernel.double(), padded)
-    inside = tuple(slice(size // 2, size // 2 + n) for n, size in zip(shape, kernel.shape, strict=True))
+    inside: tuple[Any, ...] = tuple(
+        slice(size // 2, size // 2 + n) for n, size in zip(shape, kernel.shape, strict=True)
+    )
+    corner: tuple[Any, ...] = tuple(slice(n) for n in shape)
+
+    def filtered(x: Tensor, k: Tensor) -> Tensor:
+        transformed = torch.fft.rfftn(x, padded, axes)
+        return torch.fft.irfftn(transformed * k.to(transformed.dtype), padded, axes)
 
     def operator(x: Tensor) -> Tensor:
-        return torch.fft.irfftn(torch.fft.rfftn(x, padded, axes) * k, padded, axes)[inside].clone()
+        return filtered(x, k)[(..., *inside)].clone()
 
     def adjoint(y: Tensor) -> Tensor:
-        whole = y.new_zeros(padded)
-        whole[inside] = y
-        back = torch.fft.irfftn(torch.fft.rfftn(whole, padded, axes) * k.conj(), padded, axes)
-        return back[tuple(slice(n) for n in shape)].clone()
+        whole = y.new_zeros(*y.shape[: y.ndim - len(padded)], *padded)
+        whole[(..., *inside)] = y
+        return filtered(whole, k.conj())[(..., *corner)].clone()
 
     return LinearMap(shape, shape, operator, adjoint)
 
@@ -118,8 +130,8 @@ def heat(shape: Shape, time: float) -> LinearMap:
         matrices.append((cosines.mT * decay) @ cosines)
 
     def operator(x: Tensor) -> Tensor:
-        for axis, matrix in enumerate(matrices):
-            x = torch.tensordot(x, matrix, ([axis], [0])).movedim(-1, axis)
+        for axis, matrix in enumerate(matrices, -len(matrices)):
+            x = torch.tensordot(x, matrix.to(x), ([axis], [0])).movedim(-1, axis)
         return x.contiguous()
 
     return LinearMap(shape, shape, operator, operator)
@@ -132,11 +144,11 @@ def inpainting(seen: Tensor) -> LinearMap:
     mask = seen.clone()
 
     def adjoint(y: Tensor) -> Tensor:
-        out = y.new_zeros(mask.shape)
-        out[mask] = y
+        out = y.new_zeros(*y.shape[:-1], *mask.shape)
+        out[..., mask] = y
         return out
 
-    return LinearMap(mask.shape, (int(mask.sum()),), lambda x: x[mask], adjoint)
+    return LinearMap(mask.shape, (int(mask.sum()),), lambda x: x[..., mask], adjoint)
 
 
 def downsampling(shape: Shape, factor: int) -> LinearMap:
@@ -145,27 +157,33 @@ def downsampling(shape: Shape, factor: int) -> LinearMap:
         raise GliodeError(f"downsampling: {factor} does not divide the shape {tuple(shape)}")
     coarse = tuple(n // factor for n in shape)
     split = [size for n in coarse for size in (n, factor)]
-    within = tuple(range(1, 2 * len(coarse), 2))
+    within = tuple(range(1 - len(split), 0, 2))
+
+    def operator(x: Tensor) -> Tensor:
+        return x.reshape(*x.shape[: x.ndim - len(coarse)], *split).mean(within)
 
     def adjoint(y: Tensor) -> Tensor:
-        for axis in range(len(coarse)):
+        for axis in range(-len(coarse), 0):
             y = y.repeat_interleave(factor, axis)
         return y / factor ** len(coarse)
 
-    return LinearMap(shape, coarse, lambda x: x.reshape(split).mean(within), adjoint)
+    return LinearMap(shape, coarse, operator, adjoint)
 
 
-def tomography(pixels: int, angles: int, rays: int) -> LinearMap:
+def tomography(pixels: int, angles: int, rays: int, reach: float = 1.0) -> LinearMap:
     r"""Parallel beams through pixels x pixels on the square [-1, 1]^2; data (angles, rays).
 
     x[i, j] is the value on the pixel with centre (-1 + (j + 1/2) h, -1 + (i + 1/2) h), h = 2 / pixels. The
-    ray (a, k) runs along (-sin, cos)(theta), theta = pi a / angles, at the distance s = -1 + (2k + 1) / rays
-    from the origin. The weights are the lengths of the ray in the pixels (Siddon 1985), exact to rounding.
+    ray (a, k) runs along (-sin, cos)(theta), theta = pi a / angles, at the distance
+    s = reach (-1 + (2k + 1) / rays) from the origin (reach sqrt(2): past the corners too). The weights are
+    the lengths of the ray in the pixels (Siddon 1985), exact to rounding.
     """
     if min(pixels, angles, rays) < 1:
         raise GliodeError(f"tomography: {pixels} pixels, {angles} angles, {rays} rays: give at least 1 each")
+    if not 0 < reach <= 2:
+        raise GliodeError(f"tomography: the reach must lie in (0, 2], half a side being 1, got {reach}")
     theta = np.repeat(np.pi * np.arange(angles) / angles, rays)
-    s = np.tile(-1 + (2 * np.arange(rays) + 1) / rays, angles)
+    s = reach * np.tile(-1 + (2 * np.arange(rays) + 1) / rays, angles)
     feet = np.stack([s * np.cos(theta), s * np.sin(theta)])[..., None]
     along = np.stack([-np.sin(theta), np.cos(theta)])[..., None]
     planes, h = np.linspace(-1, 1, pixels + 1), 2 / pixels
@@ -178,12 +196,21 @@ def tomography(pixels: int, angles: int, rays: int) -> LinearMap:
     ray, _ = np.nonzero(hit)
     column, row = middle[:, hit]
     matrix = scipy.sparse.csr_array((length[hit], (ray, row * pixels + column)), (angles * rays, pixels**2))
-    back = matrix.T.tocsr()
+    ways = {}
+    for dtype in (np.float64, np.float32):
+        there = matrix.astype(dtype)
+        ways[np.dtype(dtype)] = there, there.T.tocsr()
+
+    def product(x: Tensor, way: int, shape: tuple[int, int]) -> Tensor:
+        columns = x.numpy().reshape(-1, math.prod(x.shape[-2:])).T
+        out = (ways[columns.dtype][way] @ columns).T
+        return torch.from_numpy(np.ascontiguousarray(out)).view(*x.shape[:-2], *shape)
+
     return LinearMap(
         (pixels, pixels),
         (angles, rays),
-        lambda x: torch.from_numpy(matrix @ x.numpy().reshape(-1)).view(angles, rays),
-        lambda y: torch.from_numpy(back @ y.numpy().reshape(-1)).view(pixels, pixels),
+        lambda x: product(x, 0, (angles, rays)),
+        lambda y: product(y, 1, (pixels, pixels)),
     )
 
 

@@ -55,6 +55,18 @@ def test_the_adjoint_is_the_transpose_and_the_tape_knows_both(name: str) -> None
     torch.testing.assert_close(A(x.reshape(-1)), A(x), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("name", MAPS)
+def test_a_batch_is_mapped_one_by_one_in_its_own_precision(name: str) -> None:
+    A = MAPS[name]()
+    x, y = draw(3, 2, *A.shape, seed=1), draw(3, 2, *A.data_shape, seed=2)
+    for operator, batch in ((A, x), (A.adjoint, y)):
+        one_by_one = torch.stack([operator(part) for part in batch.flatten(0, 1)]).unflatten(0, (3, 2))
+        torch.testing.assert_close(operator(batch), one_by_one, rtol=1e-13, atol=1e-13)
+        single = operator(batch.float())
+        assert single.dtype == torch.float32
+        torch.testing.assert_close(single.double(), one_by_one, rtol=1e-4, atol=1e-5)
+
+
 def test_convolution_is_that_of_scipy() -> None:
     x, kernel = draw(8, 6), draw(3, 5, seed=1)
     expected = scipy.signal.convolve(x.numpy(), kernel.numpy(), mode="same", method="direct")
@@ -103,6 +115,12 @@ def test_one_pixel_is_seen_where_it_lies() -> None:
     assert data.tolist() == [[0, 0, 0, pytest.approx(0.5)], [pytest.approx(0.5), 0, 0, 0]]
 
 
+def test_rays_reach_the_corners_where_asked() -> None:
+    """45 degrees, s = +-2^(1/2) 3/4: the chord through a square's corner is 2 (2^(1/2) - |s|)."""
+    data = tomography(5, 4, 4, reach=2**0.5)(torch.ones(5, 5, dtype=torch.float64))
+    assert data[1].tolist() == pytest.approx([2**0.5 / 2, 3 * 2**0.5 / 2, 3 * 2**0.5 / 2, 2**0.5 / 2])
+
+
 def test_a_disc_has_its_chords() -> None:
     pixels, radius = 200, 0.6
     line = (torch.arange(pixels, dtype=torch.float64) + 0.5) * 2 / pixels - 1
@@ -132,6 +150,7 @@ def test_bad_input_is_named() -> None:
         "somewhere": lambda: inpainting(torch.zeros(3, dtype=torch.bool)),
         "divide": lambda: downsampling((8, 6), 4),
         "at least 1": lambda: tomography(8, 0, 4),
+        "reach": lambda: tomography(8, 4, 4, 0.0),
         "shape": lambda: heat((8,), 1.0)(draw(7)),
     }
     for message, call in cases.items():
