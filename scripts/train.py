@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Train the network of a case file; see `train.py --help`."""
+"""Train the network or the regularizer of a case file; see `train.py --help`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ with missing_packages("train.py"):
 
 if TYPE_CHECKING:
     from inverse.training import Training
-    from scripts.training_case import Case
+    from scripts.regularizer_case import RegularizerCase
+    from scripts.training_case import Case, Job
 
 DIVERGED = 1
 
@@ -27,7 +28,8 @@ def main(
     case: Annotated[
         Path,
         typer.Argument(
-            help="The case, a YAML file (its keys: data/cases/networks/README.md).", show_default=False
+            help="The case, a YAML file (its keys: data/cases/networks, data/cases/regularizers).",
+            show_default=False,
         ),
     ],
     out: Annotated[
@@ -40,10 +42,11 @@ def main(
         bool, typer.Option("--pictures/--no-pictures", help="Draw the results at the end.")
     ] = True,
 ) -> None:
-    """Train the network of CASE and report its accuracy on data it has not seen.
+    """Train the network or the regularizer of CASE and report how it does on data it has not seen.
 
     OUT gets the resolved case, result.json (accuracies, counts, history), weights.safetensors, pictures,
-    checkpoints, and curves for TensorBoard (tensorboard --logdir OUT).
+    checkpoints, and curves for TensorBoard (tensorboard --logdir OUT); of a regularizer also
+    NAME.safetensors, the weights with their model card, which is what is used.
 
     Ctrl-C ends the training and keeps what is done; the same command with --resume goes on from the last
     whole epoch, to the numbers of a run without a break.
@@ -76,27 +79,33 @@ def run(file: Path, out: Path | None, resume: bool, seed: int | None, device: st
 
     from inverse.checkpoints import finite
     from inverse.training import evaluate, train
-    from scripts import training_case
+    from scripts import regularizer_case, regularizer_training, training_case
     from solvers.errors import GliodeError
     from solvers.files import write_json, write_text
+    from tumour.case_reading import load_yaml
 
     if device != "cpu" and not (device == "cuda" and torch.cuda.is_available()):
         raise GliodeError(f"--device: {device!r} is not here; give cpu, or cuda on a machine that has one")
     if resume and out is None:
         raise GliodeError("--resume: give the folder to go on in by --out")
-    case = training_case.read(file)
-    if seed is not None:
-        case = case.model_copy(update={"seed": seed})
-    sets = training_case.load(case)
-    network = training_case.build(case.model, case.features, case.scores, case.seed)
-    network.to(device, getattr(torch, case.precision))
-    sets = training_case.moved(sets, device)
-    loss, section = training_case.loss_of(case.loss, case.scores), case.training
+    case: Case | RegularizerCase
+    if load_yaml(file).get("kind") == "regularizer":
+        if device != "cpu":
+            raise GliodeError(f"--device: {device!r}; regularizers are trained on the cpu")
+        case = regularizer_case.read(file)
+        case = case.model_copy(update={} if seed is None else {"seed": seed})
+        job = regularizer_training.job(case, file)
+    else:
+        case = training_case.read(file)
+        case = case.model_copy(update={} if seed is None else {"seed": seed})
+        job = network(case)
+    job.model.to(device, getattr(torch, case.precision))
+    sets, section = training_case.moved(job.sets, device), job.training
     if out is not None:
         write_text(out / "case.yaml", yaml.safe_dump(case.record(), sort_keys=False))
     found = train(
-        network,
-        loss,
+        job.model,
+        job.loss,
         sets.train,
         training_case.method_of(section.method),
         epochs=section.epochs,
@@ -113,18 +122,31 @@ def run(file: Path, out: Path | None, resume: bool, seed: int | None, device: st
         key=case.key(),
         progress=sys.stderr.isatty(),
     )
-    parts = {"train": sets.train, "validation": sets.validation, "test": sets.test}
-    scores = {name: evaluate(network, loss, part) for name, part in parts.items() if part is not None}
-    record = report(case, found, scores, sum(p.numel() for p in network.parameters() if p.requires_grad))
+    scores = {
+        name: evaluate(job.model, job.loss, part)
+        for name, part in zip(sets._fields, sets, strict=True)
+        if part is not None
+    }
+    record = {
+        "case": case.name,
+        "seed": case.seed,
+        **job.report(found, scores),
+        "weights": sum(p.numel() for p in job.model.parameters() if p.requires_grad),
+        "stopping": {"rule": found.stopped_by, "note": found.note, "kept_epoch": found.kept_epoch},
+        "counts": found.counts,
+        "seconds": round(found.seconds, 2),
+        "history": found.history,
+    }
     files: list[Path] = []
     if out is not None:
         write_json(out / "result.json", finite(record))
-        files = [out / "result.json", out / "weights.safetensors"]
-        if draw:
-            from scripts.network_pictures import draw as draw_pictures
-
-            files += draw_pictures(out, case.name, network.cpu(), loss, sets.test, found.history)
-    show(record)
+        files = [out / "result.json", out / "weights.safetensors", *job.files(out, found.history, draw)]
+    job.show(record)
+    counts = found.counts
+    print(
+        f"{counts['adjoint']} gradients, {counts['forward']} forward and {counts['tangent']} tangent solves, "
+        f"{record['seconds']:.1f} s of the process; {found.note}."
+    )
     for path in files:
         print(path)
     if out is None:
@@ -132,26 +154,33 @@ def run(file: Path, out: Path | None, resume: bool, seed: int | None, device: st
     return found.stopped_by
 
 
-def report(
-    case: Case, found: Training, scores: dict[str, tuple[float, float]], weights: int
-) -> dict[str, Any]:
-    """The record of result.json."""
+def network(case: Case) -> Job:
+    """What a network's case trains."""
     from inverse.datasets import bayes_accuracy
-    from scripts.training_case import PlanarData
+    from scripts import training_case
 
-    best = round(bayes_accuracy(case.data.set), 4) if isinstance(case.data, PlanarData) else None
-    return {
-        "case": case.name,
-        "seed": case.seed,
-        "accuracy": {name: accuracy for name, (_, accuracy) in scores.items()},
-        "loss": {name: loss for name, (loss, _) in scores.items()},
-        **({} if best is None else {"best_possible_accuracy": best}),
-        "weights": weights,
-        "stopping": {"rule": found.stopped_by, "note": found.note, "kept_epoch": found.kept_epoch},
-        "counts": found.counts,
-        "seconds": round(found.seconds, 2),
-        "history": found.history,
-    }
+    sets = training_case.load(case)
+    model = training_case.build(case.model, case.features, case.scores, case.seed)
+    loss = training_case.loss_of(case.loss, case.scores)
+
+    def report(found: Training, scores: dict[str, tuple[float, float]]) -> dict[str, Any]:
+        record: dict[str, Any] = {
+            "accuracy": {name: accuracy for name, (_, accuracy) in scores.items()},
+            "loss": {name: loss for name, (loss, _) in scores.items()},
+        }
+        if isinstance(case.data, training_case.PlanarData):
+            record["best_possible_accuracy"] = round(bayes_accuracy(case.data.set), 4)
+        return record
+
+    def files(out: Path, history: list[Any], draw: bool) -> list[Path]:
+        if not draw:
+            return []
+        from scripts.network_pictures import draw as draw_pictures
+
+        assert sets.test is not None
+        return draw_pictures(out, case.name, model.cpu(), loss, sets.test, history)
+
+    return training_case.Job(model, loss, sets, case.training, report, files, show)
 
 
 def show(record: dict[str, Any]) -> None:
@@ -169,12 +198,6 @@ def show(record: dict[str, Any]) -> None:
     if "best_possible_accuracy" in record:
         best = 100 * record["best_possible_accuracy"]
         console.print(f"No classifier does better on new points than {best:.2f} %.", highlight=False)
-    counts = record["counts"]
-    console.print(
-        f"{counts['adjoint']} gradients, {counts['forward']} forward and {counts['tangent']} tangent solves, "
-        f"{record['seconds']:.1f} s of the process; {record['stopping']['note']}.",
-        highlight=False,
-    )
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -20,7 +20,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from inverse import losses, methods
+from inverse import losses, methods, training
 from inverse.datasets import PLANAR, digits, mnist, planar
 from scripts.training_sections import (
     ByMethod,
@@ -116,11 +116,25 @@ def parse(data: Mapping[str, Any], label: str = "case", folder: Path = Path(), n
 
 
 class Sets(NamedTuple):
-    """Inputs and labels to train on, to watch (None: no such) and to report on."""
+    """Inputs and labels to train on, to watch and to report on (None: no such)."""
 
     train: Set
     validation: Set | None
-    test: Set
+    test: Set | None
+
+
+class Job(NamedTuple):
+    """What scripts/train.py trains. report: of the training and (loss, figure) of each set, parts of
+    result.json; files: written to a folder, of the history, and whether to draw; show: the record, printed.
+    """
+
+    model: nn.Module
+    loss: losses.Loss
+    sets: Sets
+    training: Training
+    report: Callable[[training.Training, dict[str, tuple[float, float]]], dict[str, Any]]
+    files: Callable[[Path, list[Any], bool], list[Path]]
+    show: Callable[[dict[str, Any]], None]
 
 
 def load(case: Case) -> Sets:
@@ -162,9 +176,7 @@ def load(case: Case) -> Sets:
 
 def moved(sets: Sets, device: str) -> Sets:
     """The sets on a device."""
-    watched = sets.validation
-    own, shown = ((x.to(device), y.to(device)) for x, y in (sets.train, sets.test))
-    return Sets(own, None if watched is None else (watched[0].to(device), watched[1].to(device)), shown)
+    return Sets(*(None if part is None else (part[0].to(device), part[1].to(device)) for part in sets))  # type: ignore[arg-type]
 
 
 def build(section: Model, features: int, scores: int, seed: int) -> nn.Sequential:

@@ -184,7 +184,7 @@ def test_first_weights_follow_from_the_seed_alone() -> None:
 
 def test_planar_parts_are_drawn_apart_and_digits_split() -> None:
     sets = training_case.load(training_case.parse(TINY))
-    assert sets.validation is not None
+    assert sets.validation is not None and sets.test is not None
     assert [len(part[0]) for part in (sets.train, sets.validation, sets.test)] == [60, 40, 200]
     assert sets.train[0].dtype == torch.float64
     together = torch.cat([sets.train[0], sets.validation[0], sets.test[0]])
@@ -208,7 +208,7 @@ def test_idx_files_from_a_folder(tmp_path: Path) -> None:
     section = {"source": "idx", "folder": ".", "train": 8, "validation": 3, "range": [1, 0]}
     case = {**TINY, "data": section, "model": {"kind": "standalone"}}
     sets = training_case.load(training_case.parse(case, folder=tmp_path))
-    assert sets.validation is not None
+    assert sets.validation is not None and sets.test is not None
     assert [len(part[0]) for part in (sets.train, sets.validation, sets.test)] == [8, 3, 5]
     for x, y in (sets.train, sets.validation, sets.test):
         torch.testing.assert_close(x, (1 - 20 * y.double() / 255)[:, None].expand(-1, 196))
@@ -253,6 +253,7 @@ def test_a_run_writes_what_it_found_and_draws_it(tmp_path: Path) -> None:
     model = training_case.build(case.model, case.features, case.scores, 0).double()
     checkpoints.read_weights(out / "weights.safetensors", model)
     loss, sets = training_case.loss_of(case.loss, case.scores), training_case.load(case)
+    assert sets.test is not None
     found = evaluate(model, loss, sets.test)
     assert found == pytest.approx((record["loss"]["test"], record["accuracy"]["test"]), rel=1e-12)
     pictures = {path.name for path in (out / "pictures").iterdir()}
