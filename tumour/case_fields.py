@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from tumour import case_sections as sections
-from tumour.case_sections import Number, Point, Positive, Section, Whole, problem
+from tumour.case_sections import File, Number, Point, Positive, Section, Whole, problem
 
 
 class Inclusion(Section):
@@ -58,8 +58,12 @@ class FieldSearch(Section):
     start: FieldStart | None = Field(
         default=None, description="the tumour's start; default: the density scanned at the first visit"
     )
-    regularizer: Literal["h1", "tv"] = Field(
-        default="h1", description="h1: smooth departures; tv: total variation, with sharp edges"
+    regularizer: Literal["h1", "tv", "learned"] = Field(
+        default="h1",
+        description="h1: smooth departures; tv: total variation, with sharp edges; learned: trained",
+    )
+    weights: File | None = Field(
+        default=None, description="with learned: the trained weights; default: those that come with Gliode"
     )
     length: Positive = Field(default=20.0, description="mm over which h1 keeps a departure alike")
     spread: Positive = Field(
@@ -82,6 +86,10 @@ class FieldSearch(Section):
     def _each_once(self) -> FieldSearch:
         if len(set(self.of)) < len(self.of):
             raise problem("of: each field once")
+        if self.weights is not None and self.regularizer != "learned":
+            raise problem("weights: only with `regularizer: learned`; leave them out")
+        if self.regularizer == "learned" and self.by == "tissue":
+            raise problem("regularizer: learned is of fields; with `by: tissue` leave it out")
         return self
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from tumour import case_fields
-from tumour.case_sections import NotNegative, Number, Point, Positive, Section, Whole
+from tumour.case_sections import File, NotNegative, Number, Point, Positive, Section, Whole
 
 
 class Truth(case_fields.Truth):
@@ -51,6 +51,13 @@ class Locate(Section):
     )
     unknown: Literal["field", "sparse", "points"] = Field(
         default="field", description="a density, a density of few places, or seeds of the model's width"
+    )
+    regularizer: Literal["stopping", "h1", "tv", "learned"] = Field(
+        default="stopping",
+        description="of a field: the search's early end, or a term weighed by the discrepancy principle",
+    )
+    weights: File | None = Field(
+        default=None, description="trained weights for regularizer: learned; default: those that come along"
     )
     foci: Annotated[Whole, Field(ge=1)] = Field(default=1, description="how many points")
     starts: Annotated[Whole, Field(ge=1)] = Field(

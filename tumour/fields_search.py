@@ -6,6 +6,7 @@ with, for each field a,
 
     h1   R = 1/2 int |grad a|^2 + a^2 / length^2
     tv   R = int sqrt(|grad a|^2 + EDGE^2) + PULL / 2 a^2
+    learned   a trained R on meshes (tumour.fields_learned)
 
 and by tissue R = 1/2 |a|^2 / spread^2 with alpha = 1, a prior: few numbers need no alpha. Newton-CG is
 preconditioned by the metric in which R is regularized; that of the total variation is H1 with the weight
@@ -17,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -37,8 +39,9 @@ from solvers.fem.spaces import lumped
 from solvers.fem.weighted import WeightedSobolev
 from solvers.spaces import Euclidean, GramSpace, Product
 from tumour.fields import TISSUES, Coefficients, FieldMap
+from tumour.fields_learned import LearnedPenalty
 
-Kind = Literal["h1", "tv"]
+Kind = Literal["h1", "tv", "learned"]
 
 EDGE = 0.02
 """1/mm: slopes of log D below this are no edges to the total variation, which is smooth there."""
@@ -112,7 +115,8 @@ class Penalty:
 class FieldSettings:
     """How to find fields.
 
-    kind: "h1" or "tv"; length: mm, of H1; spread: prior standard deviation of a tissue's log departure; tau:
+    kind: "h1", "tv" or "learned"; weights: of the learned one, None: those that come with Gliode; length: mm,
+    of H1 (of the learned one's metric); spread: prior standard deviation of a tissue's log departure; tau:
     of the discrepancy principle, above 1; max_iterations: Gauss-Newton steps for one alpha.
     """
 
@@ -121,10 +125,13 @@ class FieldSettings:
     spread: float = 1.0
     tau: float = 1.05
     max_iterations: int = 40
+    weights: Path | None = None
 
     def __post_init__(self) -> None:
-        if self.kind not in ("h1", "tv"):
-            raise GliodeError(f"fields: regularizer {self.kind!r} is neither 'h1' nor 'tv'")
+        if self.kind not in ("h1", "tv", "learned"):
+            raise GliodeError(f"fields: regularizer {self.kind!r} is not 'h1', 'tv' or 'learned'")
+        if self.weights is not None and self.kind != "learned":
+            raise GliodeError(f"fields.weights: {self.kind} has none; take 'learned', or leave them out")
         for name in ("length", "spread"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
                 raise GliodeError(f"fields.{name}: {getattr(self, name)} must be positive and finite")
@@ -186,7 +193,11 @@ class FieldSearch:
         progress: Callable[[str], None] | None = None,
     ) -> None:
         self.forward, self.settings = forward, settings
-        self.penalty = Penalty(forward.coefficients, settings.kind, settings.length, settings.spread)
+        self.penalty: Penalty | LearnedPenalty
+        if settings.kind == "learned":
+            self.penalty = LearnedPenalty(forward.coefficients, settings.weights, settings.length)
+        else:
+            self.penalty = Penalty(forward.coefficients, settings.kind, settings.length, settings.spread)
         self._save, self._progress = save, progress
         self._memory: dict[str, np.ndarray] = dict(resume or {})
         self.counts = {"forward": 0, "adjoint": 0, "tangent": 0}
@@ -214,10 +225,14 @@ class FieldSearch:
                 best = error.best
                 found = best.at, best.m, best.residual_norm, str(error), False, error.trail
         alpha, m, norm, why, met, trail = found
+        if isinstance(self.penalty, LearnedPenalty):
+            why = f"{why}. {self.penalty.said(m)}"
         return FoundFields(m, alpha, why, met, trail, norm, len(self.forward.data), self.counts, self.history)
 
     def _first(self, start: Tensor) -> float:
         """An alpha of the right order: the first step's fall of the misfit is what the penalty takes."""
+        if isinstance(self.penalty, LearnedPenalty):
+            return 1.0  # as it was trained
         kept = self._memory.get("first")
         if kept is None:
             problem = self._problem(start, 1.0)

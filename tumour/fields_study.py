@@ -103,7 +103,12 @@ class FieldStudy:
         """The search that the case asks for."""
         section = self.case.identify.field
         settings = FieldSettings(
-            section.regularizer, section.length, section.spread, section.tau, section.max_iterations
+            section.regularizer,
+            section.length,
+            section.spread,
+            section.tau,
+            section.max_iterations,
+            section.weights,
         )
         return FieldSearch(self.forward, settings, save, resume, progress)
 

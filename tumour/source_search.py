@@ -7,7 +7,8 @@ r"""The search for a source: as a field, as a sparse field, or as points; every 
     points   u(0) = sum_i a_i seed(x - c_i), the model's own seed: (c_i, log a_i) by Levenberg-Marquardt from
              the largest foci of the field, and on white residuals, for nothing is regularized there
 
-Each begins with a field at ||r|| <= 1.2 delta, at which the defect of the mesh is taken.
+Each begins with a field at ||r|| <= 1.2 delta, at which the defect of the mesh is taken. A field may have a
+regularizer in place of early stopping (tumour/source_prior.py); its alpha is then that of the discrepancy.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ import torch
 from mpi4py import MPI
 from torch import Tensor
 
-from inverse.optimizers import conjugate_gradients, gauss_newton, proximal
+from inverse.choice import discrepancy
+from inverse.optimizers import conjugate_gradients, gauss_newton, proximal, quasi_newton
 from inverse.optimizers.iteration import Result
 from inverse.problem import LeastSquares
 from inverse.regularizers.sparsity import Sparsity
@@ -35,11 +37,16 @@ from solvers.spaces import Space
 from tumour.source import SourceProblem, positive
 from tumour.source_foci import Focus, foci_of
 from tumour.source_points import Points, starts_of
+from tumour.source_prior import RULES, of_source, penalty_of, problem_with, smoothed_norm
 
 Unknown = Literal["field", "sparse", "points"]
+Regularizer = Literal["stopping", "h1", "tv", "learned"]
 
 FIRST_TAU, FIRST_ITERATIONS = 1.2, 12
 """Of the field at which the defect is taken."""
+
+FIRST_ALPHA = {"h1": 1.0, "tv": 0.03, "learned": 1.0}
+"""Of the search for alpha, near what is usual at 5 % noise."""
 
 INNER, QUARTERINGS = 150, 8
 """Sparse: iterations for one alpha, and how often it is quartered."""
@@ -49,10 +56,13 @@ INNER, QUARTERINGS = 150, 8
 class Settings:
     """How to search. length: mm of the H1 gradient, 0 for L2; foci: how many points; starts: from how many
     sets of foci their search begins; tau: of the discrepancy principle; level: share of the largest density
-    above which a focus is told from its surroundings.
+    above which a focus is told from its surroundings; regularizer: of a field; weights: the file of a learned
+    one, None: those that come with Gliode.
     """
 
     unknown: Unknown = "field"
+    regularizer: Regularizer = "stopping"
+    weights: str | None = None
     length: float = 0.0
     foci: int = 1
     starts: int = 3
@@ -65,6 +75,18 @@ class Settings:
             raise GliodeError(
                 f"locate.unknown: {self.unknown!r} is not one of {', '.join(get_args(Unknown))}"
             )
+        if self.regularizer not in get_args(Regularizer):
+            raise GliodeError(
+                f"locate.regularizer: {self.regularizer!r} is not one of {', '.join(get_args(Regularizer))}"
+            )
+        if self.regularizer != "stopping" and self.unknown != "field":
+            raise GliodeError(
+                f"locate.regularizer: {self.regularizer} is for unknown: field, not {self.unknown}"
+            )
+        if self.regularizer != "stopping" and self.length > 0:
+            raise GliodeError("locate.length: only early stopping works in H1; leave it out")
+        if self.weights is not None and self.regularizer != "learned":
+            raise GliodeError("locate.weights: only for regularizer: learned; leave it out")
         if not (math.isfinite(self.length) and self.length >= 0):
             raise GliodeError(f"locate.length: {self.length} mm must not be negative")
         if min(self.foci, self.starts, self.max_iterations) < 1:
@@ -130,15 +152,19 @@ class Locator:
 
     def run(self) -> Source:
         """Search."""
+        first, e = self.corrected()
+        search = {"field": self._field, "sparse": self._sparse, "points": self._points}
+        return search[self.settings.unknown](first, e)
+
+    def corrected(self) -> tuple[Result, Tensor]:
+        """A first field, at ||r|| <= 1.2 delta, and the defect (data,) there."""
         rules = (Discrepancy(FIRST_TAU, self.problem.delta), MaxIterations(FIRST_ITERATIONS))
         zero = torch.zeros_like(self.problem.data)
         # Both searches by conjugate gradients begin at m = 0, a density of w ln 2 = 0.007 everywhere.
         first = self._minimise(
             "first", conjugate_gradients.minimise, self.field_problem(zero), self.start, rules
         )
-        e = self._defect("first", positive(first.m))
-        search = {"field": self._field, "sparse": self._sparse, "points": self._points}
-        return search[self.settings.unknown](first, e)
+        return first, self._defect("first", positive(first.m))
 
     @property
     def start(self) -> Tensor:
@@ -163,9 +189,35 @@ class Locator:
         return Discrepancy(self.settings.tau, self.problem.delta), MaxIterations(self.settings.max_iterations)
 
     def _field(self, first: Result, e: Tensor) -> Source:
+        if self.settings.regularizer != "stopping":
+            return self._regularized(first, e)
         problem = self.field_problem(e)
         found = self._minimise("field", conjugate_gradients.minimise, problem, self.start, self._rules())
         return self._source(positive(found.m), found, first, e)
+
+    def _regularized(self, first: Result, e: Tensor) -> Source:
+        p, settings = self.problem, self.settings
+        assert settings.regularizer != "stopping"
+        penalty = penalty_of(settings.regularizer, p.domain, settings.weights)
+        tried: list[Result] = []
+
+        def solve(alpha: float, start: Tensor) -> Result:
+            problem = problem_with(p, e, of_source(penalty, alpha))
+            found = self._minimise(f"alpha{len(tried)}", quasi_newton.minimise, problem, start, RULES)
+            norm = smoothed_norm(p, e, positive(found.m))
+            self._counts["forward"] += 1
+            history = [{**row, "alpha": alpha} for row in found.history]
+            tried.append(replace(found, residual_norm=norm, history=history))
+            return tried[-1]
+
+        chosen = discrepancy(solve, self.start, p.delta, settings.tau, FIRST_ALPHA[settings.regularizer])
+        found = chosen.result
+        assert isinstance(found, Result) and chosen.alpha is not None
+        source = self._source(positive(found.m), found, first, e)
+        rows = [row for one in tried for row in one.history]
+        history = [{**row, "iteration": float(place)} for place, row in enumerate(rows)]
+        stopping = {"rule": "Discrepancy", "alpha": chosen.alpha, "tau": settings.tau, "delta": p.delta}
+        return replace(source, history=history, stopping=stopping)
 
     def _sparse(self, first: Result, e: Tensor) -> Source:
         space = lumped(self.problem.domain)

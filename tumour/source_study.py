@@ -109,8 +109,9 @@ def source_of(model: TumourModel, centres: np.ndarray) -> Tensor:
 def settings_of(case: Case) -> Settings:
     """How to search."""
     section = case.locate
-    names = ("unknown", "length", "foci", "starts", "tau", "max_iterations", "level")
-    return Settings(**{name: getattr(section, name) for name in names})
+    names = ("unknown", "regularizer", "length", "foci", "starts", "tau", "max_iterations", "level")
+    weights = None if section.weights is None else str(section.weights)
+    return Settings(**{name: getattr(section, name) for name in names}, weights=weights)
 
 
 def problem_of(case: Case, brains: Brains, scans: list[Scan]) -> SourceProblem:
