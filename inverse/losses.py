@@ -9,6 +9,7 @@ Of a classifier's scores s (n, C) for labels (n,):
 Of fields x (n, ...), images or states, for targets y of the same shape, and of costs:
 
     SquaredError    1/(2n) sum_i |x_i - y_i|^2
+    LogError        1/(2n) sum_i log(|x_i - y_i|^2 / size + floor): minus the mean PSNR, but for a factor
     Mean            1/n sum_i c_i,    of a model that returns its costs (n, 1) itself
 
 C = 1 is the case of two classes told apart by one score: y is `on` for label 1 and `off` for label 0, p the
@@ -71,6 +72,25 @@ class SquaredError(Loss):
                 f"targets: {targets.dtype} of shape {tuple(targets.shape)}, the model returns "
                 f"{outputs.dtype} of shape {tuple(outputs.shape)}; give one such for each input"
             )
+
+
+class LogError(Loss):
+    """1/(2n) sum_i log(|x_i - y_i|^2 / size + 1e-6) of images in [0, 1]; its figure is the mean PSNR in dB.
+
+    Easy pictures count as much as hard ones, of which the squared error sees little else.
+    """
+
+    figure = "psnr"
+
+    def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        SquaredError().require_fit(outputs, targets)
+        return ((outputs - targets).square().flatten(1).mean(1) + 1e-6).log().mean() / 2
+
+    def measure(self, outputs: Tensor, targets: Tensor) -> float:
+        return float(-10 * (outputs - targets).square().flatten(1).mean(1).log10().mean())
+
+    def require_fit(self, outputs: Tensor, targets: Tensor | None = None) -> None:
+        SquaredError().require_fit(outputs, targets)
 
 
 class Mean(Loss):

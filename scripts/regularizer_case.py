@@ -119,7 +119,12 @@ class ByBilevel(Section):
     """The minimisers of the regularized problem come near the truths (inverse.trainers.bilevel)."""
 
     kind: Literal["bilevel"]
-    strength: Positive = Field(default=1.0, description="of R at the start; trained too")
+    strength: Positive = Field(default=1.0, description="of R at the start; trained too, unless fixed")
+    fixed: bool = Field(default=False, description="keep the strength: within a guarantee's range, say")
+    margin: Whole = Field(default=0, description="pixels at each edge that do not count")
+    loss: Literal["squared", "psnr"] = Field(
+        default="squared", description="mean squared error, or mean PSNR: easy pictures count as hard ones"
+    )
     hypergradient: Literal["minres", "jacobian_free"] = Field(
         default="minres", description="by a solve with the Hessian, or by one step"
     )

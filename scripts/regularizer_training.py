@@ -21,12 +21,13 @@ from inverse import losses
 from inverse.datasets.discs import discs
 from inverse.datasets.images import TRAIN, VALIDATION, ellipses, patches
 from inverse.image_problems import VALIDATION_SEED, image_problem
+from inverse.optimizers import quasi_newton
 from inverse.problem import InverseProblem, LeastSquares
 from inverse.regularizers.learned import files
 from inverse.regularizers.learned.energy import Energy
 from inverse.regularizers.learned.nett import NETT
 from inverse.trainers import adversarial
-from inverse.trainers.bilevel import Bilevel, by_conjugate_gradients
+from inverse.trainers.bilevel import Bilevel, inner, lower_solver
 from inverse.trainers.denoising import Denoising
 from inverse.trainers.score_matching import ScoreMatching
 from inverse.training import Training
@@ -37,6 +38,7 @@ from solvers.errors import GliodeError
 from solvers.spaces import Euclidean
 
 TUNED_ON, VALUES = 16, 40_000  # fields of the validation set at most, and values of them all, but 2 fields
+RTOL = 0.05  # of MINRES: a gradient that is 5 % off still descends
 ROOT = Path(__file__).resolve().parents[1]
 APART = 10**6  # between seeds of parts
 
@@ -70,9 +72,18 @@ class Problem:
 
     def minimisers(self, energy: Energy, strength: float, section: sections.ByBilevel) -> Bilevel:
         """Data -> minimisers with `strength` times the energy."""
-        solve = by_conjugate_gradients(section.tolerance, section.iterations)
+        solve = lower_solver(section.tolerance, section.iterations, quasi_newton.minimise)
         return Bilevel(
-            energy, self.make, self.start, self.field, strength, section.hypergradient, solve=solve
+            energy,
+            self.make,
+            self.start,
+            self.field,
+            strength,
+            section.hypergradient,
+            section.fixed,
+            section.margin,
+            solve,
+            RTOL,
         )
 
 
@@ -138,7 +149,8 @@ def job(case: RegularizerCase, source: Path) -> Job:
     problem = problem_of(case, field)
     if isinstance(module, Energy):
         module.require_fit(field)
-    trainer, loss = case.trainer, losses.Mean()
+    trainer = case.trainer
+    loss: losses.Loss = losses.Mean()
     model: nn.Module
     if isinstance(trainer, sections.ByDenoising):
         model, sets = Denoising(_energy(module, case), trainer.noise), _alone(own, watched)
@@ -156,12 +168,14 @@ def job(case: RegularizerCase, source: Path) -> Job:
                 raise GliodeError(
                     f"trainer.kind: artefacts is for architecture nett, not {case.architecture}"
                 )
-            model, loss = module.network, losses.SquaredError()  # type: ignore[assignment]
+            model, loss = module.network, losses.SquaredError()
             sets = [adversarial.artefacts(*cut(trainer.crop, truth, problem.naive(y))) for y, truth in pairs]
         else:
-            loss, sets = losses.SquaredError(), [*pairs]  # type: ignore[assignment]
+            loss, sets = losses.SquaredError(), [*pairs]
             if isinstance(trainer, sections.ByBilevel):
                 model = problem.minimisers(_energy(module, case), trainer.strength, trainer)
+                sets = [(y, inner(truth, trainer.margin)) for y, truth in pairs]
+                loss = losses.LogError() if trainer.loss == "psnr" else loss
             else:
                 model = module
     end = _End(case, source, module, model, problem, watched)
@@ -245,6 +259,8 @@ class _End:
         self.problem = problem
         most = max(2, VALUES // max(1, watched[:1].numel()))
         self.watched = watched[: min(most, TUNED_ON)]
+        margin = case.trainer.margin if isinstance(case.trainer, sections.ByBilevel) else 0
+        self.truths = inner(self.watched, margin)
 
     def report(self, found: Training, scores: dict[str, tuple[float, float]]) -> dict[str, Any]:
         """The parts of result.json that are this training's own."""
@@ -268,9 +284,9 @@ class _End:
         else:
             with torch.no_grad():
                 found = self.module(y)
-        error = (found - self.watched).double().flatten(1)
+        error = (found - self.truths).double().flatten(1)
         if isinstance(self.case.data, sections.OwnFields):
-            ratio = error.norm(dim=1) / self.watched.double().flatten(1).norm(dim=1)
+            ratio = error.norm(dim=1) / self.truths.double().flatten(1).norm(dim=1)
             self.figures = {
                 f"{self.problem.words}: median relative error": (100 * float(ratio.median()), "%")
             }
@@ -295,9 +311,12 @@ class _End:
             model = self.problem.minimisers(energy, math.exp(log), section).to(y.dtype)
             with torch.no_grad():
                 kept[log] = model(y)
-            return float((kept[log] - self.watched).square().mean())
+            return float((kept[log] - self.truths).square().mean())
 
         at = math.log(begin)
+        if section.fixed:
+            error(at)
+            return begin, kept[at]
         best = minimize_scalar(error, (at - 0.4, at + 0.4), method="brent", tol=0.02, options={"maxiter": 8})
         return math.exp(best.x), kept[best.x]
 

@@ -39,12 +39,15 @@ from solvers.errors import GliodeError
 Term = Callable[[Tensor], Tensor]
 Make = Callable[[Tensor, Term], InverseProblem]
 Solve = Callable[[InverseProblem, Tensor], Result]
+Minimise = Callable[..., Result]
 
 
-def by_conjugate_gradients(tolerance: float = 1e-4, iterations: int = 200) -> Solve:
-    """The lower solver: nonlinear conjugate gradients to a gradient `tolerance` times that at the start."""
+def lower_solver(
+    tolerance: float = 1e-4, iterations: int = 200, minimise: Minimise = conjugate_gradients.minimise
+) -> Solve:
+    """An optimizer as lower solver, to a gradient `tolerance` times that at the start."""
     rules = (GradientTolerance(tolerance), MaxIterations(iterations))
-    return lambda problem, start: conjugate_gradients.minimise(problem, start, stopping=rules)
+    return lambda problem, start: minimise(problem, start, stopping=rules)
 
 
 class Bilevel(nn.Module):
@@ -52,8 +55,10 @@ class Bilevel(nn.Module):
 
     make(inputs, R): the lower problem with R as its regularizer, whose point is flat, all fields of the batch
     behind one another; start(inputs): its start; `fields`: the shape of one minimiser (a batch of them is
-    returned, and shown to the energy). log_strength: R = exp(log_strength) sum_i energy(m_i), trained too.
-    solve: the lower solver; rtol, most: of MINRES.
+    returned, and shown to the energy). R = strength sum_i energy(m_i); the strength is trained too, unless
+    `fixed`: a weakly convex energy may be held where its guarantee makes the problem convex. margin: pixels
+    at each edge of a field that are not returned, since filters see them from one side only. solve: the lower
+    solver; rtol, most: of MINRES.
     """
 
     def __init__(
@@ -64,6 +69,8 @@ class Bilevel(nn.Module):
         fields: tuple[int, ...],
         strength: float = 1.0,
         hypergradient: Literal["minres", "jacobian_free"] = "minres",
+        fixed: bool = False,
+        margin: int = 0,
         solve: Solve | None = None,
         rtol: float = 1e-3,
         most: int = 50,
@@ -75,9 +82,12 @@ class Bilevel(nn.Module):
             raise GliodeError(f"bilevel: the strength must be positive, got {strength}")
         own = next(energy.parameters())
         self.energy, self.make, self.start, self.fields = energy, make, start, tuple(fields)
-        self.log_strength = nn.Parameter(torch.tensor(strength, dtype=own.dtype).log())
+        if margin and not 0 < 2 * margin < min(fields):
+            raise GliodeError(f"bilevel: a margin of {margin} leaves nothing of fields {tuple(fields)}")
+        self.log_strength = nn.Parameter(torch.tensor(strength, dtype=own.dtype).log(), not fixed)
+        self.margin = margin
         self.hypergradient, self.rtol, self.most = hypergradient, rtol, most
-        self.solve = by_conjugate_gradients() if solve is None else solve
+        self.solve = lower_solver() if solve is None else solve
         self.found: Result | None = None
 
     def regularizer(self, m: Tensor) -> Tensor:
@@ -103,7 +113,7 @@ class Bilevel(nn.Module):
             leaf = m.detach().requires_grad_()
             (dual,) = torch.autograd.grad(self.regularizer(leaf), leaf, create_graph=True)
             m = _Implicit.apply(dual, m, lambda v: self._solved(problem, m, v))
-        return m.reshape(-1, *self.fields)
+        return inner(m.reshape(-1, *self.fields), self.margin)
 
     def _solved(self, problem: InverseProblem, m: Tensor, v: Tensor) -> Tensor:
         """w of H w = v, or what stands for it."""
@@ -122,6 +132,12 @@ class Bilevel(nn.Module):
         H, M = operator(here.hessian_action), operator(space.riesz)
         w, _ = minres(H, v.double().numpy().ravel(), M=M, rtol=self.rtol, maxiter=self.most)
         return torch.from_numpy(w).to(v).reshape(v.shape)
+
+
+def inner(fields: Tensor, margin: int) -> Tensor:
+    """The fields (batch, *shape) without `margin` entries at each edge."""
+    cut = slice(margin, -margin if margin else None)
+    return fields[(slice(None), *[cut] * (fields.ndim - 1))]
 
 
 class _Implicit(Function):

@@ -10,7 +10,7 @@ from inverse.losses import SquaredError
 from inverse.methods import Adam
 from inverse.problem import InverseProblem, LeastSquares
 from inverse.regularizers.learned.energy import Energy, Guarantee
-from inverse.trainers.bilevel import Bilevel, Term, by_conjugate_gradients
+from inverse.trainers.bilevel import Bilevel, Term, lower_solver
 from inverse.training import train
 from solvers.errors import GliodeError
 from solvers.spaces import Diagonal, Euclidean
@@ -57,7 +57,7 @@ def data(n: int = 3) -> tuple[Tensor, Tensor]:
 
 
 def model(**options: Any) -> Bilevel:
-    solve = by_conjugate_gradients(1e-11, 2000)
+    solve = lower_solver(1e-11, 2000)
     return Bilevel(Smooth(6), make, start, (6,), 0.7, solve=solve, rtol=1e-12, **options)
 
 
@@ -121,7 +121,20 @@ def test_training_learns_the_subspace_in_which_all_truths_lie() -> None:
     assert found.history[-1]["validation_relative_error"] < 0.75 * before
 
 
+def test_what_is_fixed_stays_and_margins_are_left_out() -> None:
+    y, _ = data()
+    free, cut = model(), model(fixed=True, margin=2)
+    assert not cut.log_strength.requires_grad and free.log_strength.requires_grad
+    torch.testing.assert_close(cut(y), free(y)[:, 2:-2])
+    gradients = [
+        torch.autograd.grad(m(y)[:, k].sum(), [m.energy.get_parameter("a")]) for m, k in ((free, 2), (cut, 0))
+    ]
+    torch.testing.assert_close(*gradients)
+
+
 def test_bad_settings_are_refused() -> None:
+    with pytest.raises(GliodeError, match="leaves nothing"):
+        model(margin=3)
     with pytest.raises(GliodeError, match="neither minres nor"):
         model(hypergradient="newton")
     with pytest.raises(GliodeError, match="strength must be positive"):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from inverse.losses import ClassLoss, CrossEntropy, Mean, SquaredError, SquaredLoss
+from inverse.losses import ClassLoss, CrossEntropy, LogError, Mean, SquaredError, SquaredLoss
 from solvers.errors import GliodeError
 
 LABELS = torch.tensor([0, 2, 1, 2, 0])
@@ -136,6 +136,9 @@ def test_of_fields_and_of_costs() -> None:
     assert SquaredError().measure(x, y) == pytest.approx(
         float(np.linalg.norm(apart) / np.linalg.norm(y.numpy()))
     )
+    each = (apart.reshape(3, -1) ** 2).mean(1)
+    assert float(LogError()(x, y)) == pytest.approx(float(np.log(each + 1e-6).mean()) / 2)
+    assert LogError().measure(x, y) == pytest.approx(float(-10 * np.log10(each).mean()))
     assert float(Mean()(x[:, 0, :1], y)) == pytest.approx(float(x.numpy()[:, 0, 0].mean()))
     with pytest.raises(GliodeError, match="one such for each input"):
         SquaredError()(x, y[:, 0])

@@ -14,7 +14,7 @@ from inverse.problem import InverseProblem
 from inverse.regularizers.learned.energy import Learned
 from inverse.regularizers.learned.mesh import MeshRidge
 from inverse.regularizers.learned.potentials import POTENTIALS
-from inverse.trainers.bilevel import Bilevel, Term, by_conjugate_gradients
+from inverse.trainers.bilevel import Bilevel, Term, lower_solver
 from solvers.errors import GliodeError
 from solvers.scales import Scales
 from solvers.spaces import Diagonal
@@ -255,7 +255,7 @@ def test_bilevel_training_has_its_hypergradient() -> None:
 
         return InverseProblem(space, misfit, R)
 
-    solve = by_conjugate_gradients(1e-11, 2000)
+    solve = lower_solver(1e-11, 2000)
     energy = everything().on(operators)
     bilevel = Bilevel(energy, make, lambda data: data.reshape(-1), (12,), 0.5, solve=solve, rtol=1e-12)
     loss = (bilevel(y) - truth).square().sum()
