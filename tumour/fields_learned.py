@@ -97,7 +97,7 @@ class LearnedPenalty:
     def said(self, m: Tensor) -> str:
         """What the standard deviations rest on, one sentence."""
         low, high = self.curvature(m)
-        kind = "indefinite there, so no Gaussian's" if low < 0 else "there"
+        kind = "indefinite there, so no Gaussian's" if low < 0 else "positive there"
         span = f"from {low:.2g} to {high:.2g} times"
         return f"R'' is {kind}, {span} the H1 metric that stands for it in the posterior"
 

@@ -24,7 +24,7 @@ from scripts.benchmarks import Check
 GRIDS: dict[str, tuple[float, ...]] = {
     "h1": (0.7, 1.5, 3.0),
     "tv": (0.04, 0.08, 0.16),
-    "learned": (0.7, 1.0, 1.4),
+    "learned": (0.7, 1.4, 2.8),
 }
 COARSE, FINE = 6.0, 4.0
 VALIDATION = 8

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from mpi4py import MPI
 
 from inverse.regularizers.learned.files import Card, save
 from inverse.regularizers.learned.mesh import MeshRidge
@@ -15,7 +16,7 @@ from solvers.errors import GliodeError
 from solvers.fem import mesh
 from solvers.fem.multiscale import Multiscale
 from solvers.spaces import Euclidean
-from tests.tumour.test_fields import problem
+from tests.tumour.test_fields import micron, problem
 from tumour import case as cases
 from tumour import fields_training
 from tumour.case_fields import FieldSearch as FieldSection
@@ -209,3 +210,19 @@ def test_the_mesh_is_the_coefficients_own(tmp_path: Path) -> None:
         m = 1.2 * torch.cos(math.pi * corner[:, 0]) * torch.cos(math.pi * corner[:, 1])
         values.append(float(energy.on(Multiscale(domain, energy.lengths))(m[None])))
     assert values[1] == pytest.approx(values[0], rel=0.03)
+
+
+@pytest.mark.mpi
+def test_two_ranks_find_what_one_finds_by_a_learned_prior(tmp_path: Path) -> None:
+    paths = MPI.COMM_WORLD.allgather(str(file_of(prior(), tmp_path)))
+    settings = FieldSettings("learned", max_iterations=4, weights=Path(paths[MPI.COMM_WORLD.rank]))
+    searches = [FieldSearch(problem(("D",), comm)[0], settings) for comm in (MPI.COMM_SELF, MPI.COMM_WORLD)]
+    one, two = (
+        search.solve(1.0, torch.zeros(search.forward.coefficients.size, dtype=torch.float64))
+        for search in searches
+    )
+    assert two.residual_norm == pytest.approx(one.residual_norm, rel=1e-6)
+    other, domain = (search.forward.model.domain for search in searches)
+    at = {tuple(p): float(v) for p, v in zip(micron(other.points), one.m, strict=True)}
+    expected = [at[tuple(p)] for p in micron(domain.points[: domain.n_owned])]
+    np.testing.assert_allclose(two.m.numpy(), expected, rtol=0, atol=1e-4)
